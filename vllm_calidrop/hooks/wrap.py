@@ -74,7 +74,9 @@ def wrap_method(
         raise _hook_error(f"{symbol} is a {type(original).__name__}, not a method")
     found = tuple(inspect.signature(original).parameters)
     if found[: len(expected_params)] != expected_params:
-        raise _hook_error(f"{symbol} takes ({', '.join(found)}), expected it to begin with ({', '.join(expected_params)})")
+        raise _hook_error(
+            f"{symbol} takes ({', '.join(found)}), expected it to begin with ({', '.join(expected_params)})"
+        )
 
     wrapper = functools.wraps(original)(make_wrapper(original))
     setattr(wrapper, _MARK, original)

@@ -1,0 +1,209 @@
+"""What a request may ask for, what the server's operator may preset, and how the two become one complete record.
+
+`RequestSettings.model_fields` is the only list of the request's names. Records are resolved in the API process; engine
+and worker processes only read complete ones (`RequestSettings.from_record`). Nothing here imports vLLM.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+Policy = Literal["snapkv", "h2o", "streaming_llm", "full"]
+Gate = Literal["group", "head", "group_mean"]
+OnFull = Literal["full", "evict"]
+
+DEFAULT_WINDOW = 32
+DEFAULT_SINKS = 32
+MAX_COUNT = 2**31 - 1  # what the int32 buffers of the workers hold
+
+# Names beginning like ours that are vLLM's own (request fields and `extra_args`): they pass untouched.
+PREFIX = "kv_"
+VLLM_OWN_NAMES = frozenset({"kv_transfer_params", "kv_cache_report_mode", "kv_hints"})
+RECORD_KEY = "calidrop"
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used. `field` is the name to blame, `value` what was given for it."""
+
+    def __init__(self, message: str, *fields: str, value: Any = None) -> None:
+        super().__init__(message)
+        self.fields = fields
+        self.value = value
+
+    @property
+    def field(self) -> str:
+        return self.fields[0]
+
+    def blame(self, given: Mapping[str, Any]) -> SettingsError:
+        """The same error, naming first the field that `given` itself contains: the one its author can change."""
+        first = next((name for name in self.fields if name in given), self.field)
+        others = tuple(name for name in self.fields if name != first)
+        return SettingsError(str(self), first, *others, value=given.get(first, self.value))
+
+
+def _odd(value: int) -> int:
+    if value % 2 == 0:
+        raise ValueError("must be odd, so that the pooled scores stay aligned with their tokens")
+    return value
+
+
+def _half_of_budget(at_most: int, at_least: int) -> Any:
+    """Default that shrinks with the budget; without one it is the table's value."""
+
+    def default(data: dict[str, Any]) -> int:
+        budget = data.get("kv_budget")
+        return at_most if budget is None else max(at_least, min(at_most, budget // 2))
+
+    return default
+
+
+def _number(value: Any) -> Any:
+    # Strict mode takes an int for a float, but would turn it into inf when it is too large.
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > MAX_COUNT:
+        return math.inf if value > 0 else -math.inf
+    return value
+
+
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+PositiveCount = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+Threshold = Annotated[float, BeforeValidator(_number), Field(ge=-2.0, le=2.0)]
+
+
+class RequestSettings(BaseModel):
+    """One request's complete settings (a null `kv_budget` is full KV, plain vLLM)."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+    kv_budget: PositiveCount | None = None
+    kv_policy: Policy = "snapkv"
+    kv_theta1: Threshold = 0.7
+    kv_theta2: Threshold = 0.85
+    kv_gate: Gate = "group"
+    kv_calibration: bool = True
+    kv_calibration_size: Count | None = None
+    kv_on_full: OnFull = "full"
+    kv_window: PositiveCount = Field(default_factory=_half_of_budget(DEFAULT_WINDOW, 1))
+    kv_pool_kernel: Annotated[PositiveCount, AfterValidator(_odd)] = 5
+    kv_sinks: Count = Field(default_factory=_half_of_budget(DEFAULT_SINKS, 0))
+
+    @property
+    def compresses(self) -> bool:
+        """Whether anything of a long prompt would be evicted."""
+        return self.kv_budget is not None and self.kv_policy != "full"
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether evicted KV goes to the host and is accounted for."""
+        return self.compresses and self.kv_calibration and self.kv_calibration_size != 0
+
+    def to_record(self) -> dict[str, Any]:
+        """The plain dict that travels to the engine as `extra_args["calidrop"]`."""
+        return self.model_dump()
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Self:
+        """The settings of a request as resolved by the API process."""
+        return cls.model_validate(dict(record))
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.kv_theta1 > self.kv_theta2:
+            raise SettingsError(
+                f"kv_theta1 ({self.kv_theta1}) must not be above kv_theta2 ({self.kv_theta2})",
+                "kv_theta1",
+                "kv_theta2",
+                value=self.kv_theta1,
+            )
+        for name in ("kv_window", "kv_sinks"):
+            value = getattr(self, name)
+            if self.kv_budget is not None and value > self.kv_budget:
+                raise SettingsError(
+                    f"{name} ({value}) must not be above kv_budget ({self.kv_budget})",
+                    name,
+                    "kv_budget",
+                    value=value,
+                )
+        return self
+
+
+class ServerSettings(BaseModel):
+    """The operator's settings: limits of the server, and defaults for the requests that do not say otherwise.
+
+    Given as `--additional-config '{"calidrop": {"swap_bytes": ..., "kv_budget": ..., ...}}'`: one flat object.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    swap_bytes: Annotated[int, Field(ge=0)] | None = None
+    request_defaults: dict[str, Any] = Field(default_factory=dict)
+
+    @classmethod
+    def from_additional_config(cls, additional_config: Any) -> Self:
+        """Read `VllmConfig.additional_config`; anything wrong is a ValueError that names the field."""
+        given = additional_config.get(RECORD_KEY) if isinstance(additional_config, Mapping) else None
+        if given is None:
+            given = {}
+        if not isinstance(given, Mapping):
+            raise SettingsError(
+                f'additional_config["{RECORD_KEY}"] must be an object, got {given!r}', RECORD_KEY
+            )
+        defaults = {name: value for name, value in given.items() if name in RequestSettings.model_fields}
+        own = {name: value for name, value in given.items() if name not in defaults}
+        unknown = sorted(set(own) - (set(cls.model_fields) - {"request_defaults"}))
+        if unknown:
+            known = sorted((set(cls.model_fields) - {"request_defaults"}) | set(RequestSettings.model_fields))
+            raise SettingsError(
+                f"unknown server setting {unknown[0]!r} of calidrop; known are {', '.join(known)}", unknown[0]
+            )
+        try:
+            server = cls(**own, request_defaults=defaults)
+            resolve_request({}, server)
+        except ValidationError as error:
+            raise _settings_error(error, "server setting of calidrop: ") from None
+        except SettingsError as error:
+            raise SettingsError(
+                f"server setting of calidrop: {error}", *error.fields, value=error.value
+            ) from None
+        return server
+
+
+def is_ours(name: str) -> bool:
+    """Whether a request's field name is for us to judge (known, or unknown but beginning like ours)."""
+    return name.startswith(PREFIX) and name not in VLLM_OWN_NAMES
+
+
+def resolve_request(raw: Mapping[str, Any], server: ServerSettings) -> RequestSettings:
+    """Each field falls back alone: request, server default, table. Names that are not ours are passed over."""
+    asked = {name: value for name, value in raw.items() if is_ours(name)}
+    for name, value in asked.items():
+        if name not in RequestSettings.model_fields:
+            known = ", ".join(RequestSettings.model_fields)
+            raise SettingsError(f"unknown setting {name}; known are {known}", name, value=value)
+    try:
+        return RequestSettings.model_validate({**server.request_defaults, **asked})
+    except ValidationError as error:
+        raise _settings_error(error).blame(asked) from None
+
+
+def _settings_error(error: ValidationError, prefix: str = "") -> SettingsError:
+    # A default that needs a field which itself was refused is reported as well; that entry says nothing.
+    first = next(entry for entry in error.errors() if entry["type"] != "default_factory_not_called")
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, SettingsError):
+        return SettingsError(f"{prefix}{cause}", *cause.fields, value=cause.value)
+    field, given = str(first["loc"][0]), repr(first["input"])
+    what = str(cause) if cause is not None else first["msg"].removeprefix("Input ")
+    shown = given if len(given) <= 100 else f"{given[:100]}..."
+    return SettingsError(f"{prefix}{field} {what}, got {shown}", field, value=first["input"])
