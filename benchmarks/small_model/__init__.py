@@ -1,0 +1,1 @@
+"""A tiny, really trained Llama whose tasks show what evicting KV costs."""

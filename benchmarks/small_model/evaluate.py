@@ -1,0 +1,117 @@
+"""Exact match by task and prompt length with Hugging Face's generate (full KV, greedy), and query similarity.
+
+    python -m benchmarks.small_model.evaluate benchmarks/small_model/smooth --count 200 --json smooth.json
+
+An answer counts when every word of it, `<end>` included, is right. Query similarity is cos(q_t, q_{t-1})
+after RoPE while the answer is written: the mean over items, answer words and query heads, by layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from benchmarks.small_model import language
+
+SEED = 10_000  # first seed of the test items; training and its own validation use others
+
+
+@torch.no_grad()
+def exact_match(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: list[language.Sample], batch: int
+) -> float:
+    """Share of samples answered exactly; all prompts are equally long, so none is padded."""
+    right = 0
+    for first in range(0, len(samples), batch):
+        part = samples[first : first + batch]
+        prompts = tokenizer([s.prompt for s in part], return_tensors="pt")
+        answers = tokenizer([s.answer for s in part]).input_ids
+        longest = max(map(len, answers))
+        out = model.generate(**prompts, max_new_tokens=longest, do_sample=False)[
+            :, prompts.input_ids.shape[1] :
+        ]
+        right += sum(
+            row[: len(answer)].tolist() == answer for row, answer in zip(out, answers, strict=True)
+        )  # nothing follows `<end>`, which closes every answer
+    return right / len(samples)
+
+
+@torch.no_grad()
+def query_cosine(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: list[language.Sample]
+) -> list[float]:
+    """Mean cos(q_t, q_{t-1}) over the answers' query positions, by layer."""
+    config, seen = model.config, []
+    hooks = [
+        layer.self_attn.q_proj.register_forward_hook(lambda _m, _i, out: seen.append(out))
+        for layer in model.model.layers
+    ]
+    total, count = torch.zeros(config.num_hidden_layers), 0
+    for sample in samples:
+        ids = tokenizer(f"{sample.prompt} {sample.answer}", return_tensors="pt").input_ids[:, :-1]
+        length = len(sample.answer.split())
+        seen.clear()
+        model(ids)
+        cos, sin = model.model.rotary_emb(seen[0], torch.arange(ids.shape[1])[None])
+        for layer, out in enumerate(seen):
+            q = out.view(1, ids.shape[1], config.num_attention_heads, config.head_dim).transpose(1, 2)
+            q = apply_rotary_pos_emb(q, q, cos, sin)[0][0, :, -length:].float()  # [H, answer positions, D]
+            total[layer] += F.cosine_similarity(q[:, 1:], q[:, :-1], dim=-1).mean(0).sum()
+        count += length - 1
+    for hook in hooks:
+        hook.remove()
+    return (total / count).tolist()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--tasks", nargs="+", default=language.TASKS, choices=language.TASKS)
+    parser.add_argument("--tokens", nargs="+", type=int, default=(256, 512, 960), help="prompt lengths")
+    parser.add_argument("--count", type=int, default=200, help="items per task and length")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--batch", type=int, default=25)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="where the figures are written")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+
+    start = time.time()
+    figures: dict[str, Any] = {"exact_match": {}, "query_cosine": {}}
+    print(
+        f"{'tokens':18}"
+        + "".join(f"{n:>8}" for n in args.tokens)
+        + "   query cosine by layer, longest prompts"
+    )
+    for task in args.tasks:
+        scores = {}
+        for n in args.tokens:
+            samples = [language.make(task, n, args.seed + i) for i in range(args.count)]
+            scores[n] = exact_match(model, tokenizer, samples, args.batch)
+        cosine = query_cosine(model, tokenizer, samples[:50])
+        figures["exact_match"][task], figures["query_cosine"][task] = scores, cosine
+        row = "".join(f"{scores[n]:8.3f}" for n in args.tokens)
+        print(f"{task:18}{row}   " + " ".join(f"{c:.2f}" for c in cosine), flush=True)
+    figures |= {
+        "count": args.count,
+        "seed": args.seed,
+        "dtype": args.dtype,
+        "seconds": round(time.time() - start),
+    }
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
