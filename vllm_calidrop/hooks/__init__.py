@@ -1,1 +1,17 @@
 """Every place where vLLM is wrapped: one file per wrapped thing, each with its reason."""
+
+from __future__ import annotations
+
+
+def install_api_hooks() -> None:
+    """The API process's side: settings of requests, and reports in responses. Each waits for its module's import."""
+    from vllm_calidrop.hooks import (
+        beam_search,
+        input_processor,
+        openai_reports,
+        openai_requests,
+        output_processor,
+    )
+
+    for hook in (input_processor, output_processor, openai_requests, openai_reports, beam_search):
+        hook.install()

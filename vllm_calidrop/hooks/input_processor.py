@@ -1,0 +1,87 @@
+"""Wraps `InputProcessor`: every request of an engine passes here, offline, HTTP or anything else.
+
+Why: it is the only place that has both the request's parameters and the engine's own `VllmConfig` (a process may hold
+several engines), so the operator's defaults are read once in its `__init__` and each request's complete record is made
+in `process_inputs`. The record goes on the request-local copy of the parameters: the caller's own object is never
+changed, may be shared by requests and engines, and an `extra_args["calidrop"]` of the caller is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+from vllm_calidrop.hooks.on_import import when_imported
+from vllm_calidrop.hooks.wrap import wrap_method
+from vllm_calidrop.selection import is_selected
+from vllm_calidrop.settings import RECORD_KEY, RequestSettings, ServerSettings, SettingsError, resolve_request
+
+_ATTRIBUTE = "calidrop_server_settings"
+
+
+def install() -> None:
+    when_imported("vllm.v1.engine.input_processor", _wrap)
+
+
+def server_settings(input_processor: Any) -> ServerSettings | None:
+    """The operator's settings of this engine; None when it does not use the CALIDROP backend."""
+    settings: ServerSettings | None = getattr(input_processor, _ATTRIBUTE, None)
+    return settings
+
+
+def settings_or_400(asked: Mapping[str, Any], server: ServerSettings) -> RequestSettings:
+    """Resolve a request's names; anything wrong becomes the HTTP 400 that names the field."""
+    if RECORD_KEY in asked:
+        raise bad_request(f"{RECORD_KEY} is not a setting: it is the report of a response", RECORD_KEY)
+    try:
+        return resolve_request(asked, server)
+    except SettingsError as error:
+        raise bad_request(str(error), error.field, error.value) from None
+
+
+def bad_request(message: str, parameter: str, value: Any = None) -> Exception:
+    """vLLM's validation error: a 400 whose JSON has `param`, or the exception an offline caller sees."""
+    from vllm.exceptions import VLLMValidationError
+
+    shown = value if len(repr(value)) <= 100 else None  # the message has it already, cut short
+    return VLLMValidationError(message, parameter=parameter, value=shown)
+
+
+def _wrap(module: ModuleType) -> None:
+    cls = module.InputProcessor
+    wrap_method(cls, "__init__", _reading_server_settings, ("self", "vllm_config"))
+    wrap_method(cls, "process_inputs", _attaching_record, ("self", "request_id", "prompt", "params"))
+
+
+def _reading_server_settings(original: Callable[..., Any]) -> Callable[..., Any]:
+    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        server = None
+        if is_selected(vllm_config):
+            server = ServerSettings.from_additional_config(vllm_config.additional_config)
+        setattr(self, _ATTRIBUTE, server)
+        original(self, vllm_config, *args, **kwargs)
+
+    return __init__
+
+
+def _attaching_record(original: Callable[..., Any]) -> Callable[..., Any]:
+    def process_inputs(
+        self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        from vllm.sampling_params import SamplingParams
+
+        server = server_settings(self)
+        if server is None or not isinstance(params, SamplingParams):
+            return original(self, request_id, prompt, params, *args, **kwargs)
+        settings = settings_or_400(params.extra_args or {}, server)
+        request = original(self, request_id, prompt, params, *args, **kwargs)
+        if request.resumable and settings.compresses:
+            raise bad_request(
+                "kv_budget is not supported for streaming input sessions", "kv_budget", settings.kv_budget
+            )
+        own = request.sampling_params
+        own.extra_args = {**(own.extra_args or {}), RECORD_KEY: settings.to_record()}
+        return request
+
+    return process_inputs
