@@ -147,6 +147,7 @@ class ServerSettings(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
     swap_bytes: Annotated[int, Field(ge=0)] | None = None
+    prefill_state_bytes: Annotated[int, Field(ge=0)] = 256 * 2**20
     request_defaults: dict[str, Any] = Field(default_factory=dict)
 
     @classmethod
@@ -156,9 +157,7 @@ class ServerSettings(BaseModel):
         if given is None:
             given = {}
         if not isinstance(given, Mapping):
-            raise SettingsError(
-                f'additional_config["{RECORD_KEY}"] must be an object, got {given!r}', RECORD_KEY
-            )
+            raise SettingsError(f'additional_config["{RECORD_KEY}"] must be an object, got {given!r}', RECORD_KEY)
         defaults = {name: value for name, value in given.items() if name in RequestSettings.model_fields}
         own = {name: value for name, value in given.items() if name not in defaults}
         unknown = sorted(set(own) - (set(cls.model_fields) - {"request_defaults"}))
@@ -173,9 +172,7 @@ class ServerSettings(BaseModel):
         except ValidationError as error:
             raise _settings_error(error, "server setting of calidrop: ") from None
         except SettingsError as error:
-            raise SettingsError(
-                f"server setting of calidrop: {error}", *error.fields, value=error.value
-            ) from None
+            raise SettingsError(f"server setting of calidrop: {error}", *error.fields, value=error.value) from None
         return server
 
 

@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 
+def install_engine_hooks() -> None:
+    """The engine's and the workers' side: decisions, records, counters, memory. Each waits for its module's import."""
+    from vllm_calidrop.hooks import engine_core, kv_cache_manager, memory, platform, scheduler, worker
+
+    for hook in (platform, engine_core, scheduler, kv_cache_manager, worker, memory):
+        hook.install()
+
+
 def install_api_hooks() -> None:
     """The API process's side: settings of requests, and reports in responses. Each waits for its module's import."""
     from vllm_calidrop.hooks import (

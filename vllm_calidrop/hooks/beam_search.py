@@ -20,9 +20,7 @@ def install() -> None:
 
 
 def _wrap(module: ModuleType) -> None:
-    wrap_method(
-        module.BeamSearchOfflineMixin, "beam_search", _refusing_default_budget, ("self", "prompts", "params")
-    )
+    wrap_method(module.BeamSearchOfflineMixin, "beam_search", _refusing_default_budget, ("self", "prompts", "params"))
 
 
 def _refusing_default_budget(original: Callable[..., Any]) -> Callable[..., Any]:

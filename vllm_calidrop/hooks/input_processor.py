@@ -66,9 +66,7 @@ def _reading_server_settings(original: Callable[..., Any]) -> Callable[..., Any]
 
 
 def _attaching_record(original: Callable[..., Any]) -> Callable[..., Any]:
-    def process_inputs(
-        self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
-    ) -> Any:
+    def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         from vllm.sampling_params import SamplingParams
 
         server = server_settings(self)

@@ -110,9 +110,7 @@ def _attach(response: Any, reports: Reports) -> None:
 
 
 def _reporting_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
-    def request_output_to_completion_response(
-        self: Any, final_res_batch: Any, *args: Any, **kwargs: Any
-    ) -> Any:
+    def request_output_to_completion_response(self: Any, final_res_batch: Any, *args: Any, **kwargs: Any) -> Any:
         response = original(self, final_res_batch, *args, **kwargs)
         if _selected(self):
             _attach(response, [report_of(output) for result in final_res_batch for output in result.outputs])

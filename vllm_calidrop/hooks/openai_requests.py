@@ -90,9 +90,7 @@ def _checking_sampling_params(original: Callable[..., Any]) -> Callable[..., Any
         server = server_settings(self.engine_client.input_processor)
         if server is not None:
             for name, value in _ours(await _json_body(raw_request)).items():
-                raise bad_request(
-                    f"{name} belongs into sampling_params.extra_args on this route", name, value
-                )
+                raise bad_request(f"{name} belongs into sampling_params.extra_args on this route", name, value)
             settings_or_400(request.sampling_params.extra_args or {}, server)
         return await original(self, request, raw_request)
 

@@ -1,0 +1,1 @@
+"""The attention backend: metadata, implementation, compaction, and the operators they use."""

@@ -1,0 +1,100 @@
+"""What happens to a prompt that will be compacted, chunk by chunk, and then once when a layer has seen all of it.
+
+Order within a layer: score, copy evicted KV out, calibrate from that copy, gather the kept tokens, scatter them. Blocks
+below g are only read, so they may be shared with other sequences.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vllm_calidrop.attention.metadata import PrefillRow
+from vllm_calidrop.attention.ops.packed import PackedCache
+from vllm_calidrop.cache.swap import SwapPool
+from vllm_calidrop.calibration import attention_state
+from vllm_calidrop.policies import POLICIES, ScoreInputs, Selection
+from vllm_calidrop.policies.h2o import add_column_sums
+from vllm_calidrop.state_table import StateTable
+
+
+def observe_chunk(row: PrefillRow, layer: int, queries: Tensor, cache: PackedCache, scale: float) -> None:
+    """Remember what the policy will need of this chunk's queries [length, Hq, D]. Only prompt queries count."""
+    record = row.sequence.record
+    policy = POLICIES[record.policy]
+    prompt_end = min(row.done + row.length, record.prompt_len)
+    if policy.needs_column_sums and row.done < prompt_end:
+        sums = row.sequence.column_sums.get(layer)
+        if sums is None:
+            sums = torch.zeros((cache.num_kv_heads, record.prompt_len), dtype=torch.float32)
+            row.sequence.column_sums[layer] = sums
+        keys, _ = _prompt_kv(row, cache, prompt_end)
+        add_column_sums(sums, queries[: prompt_end - row.done], keys, row.done, scale)
+    if policy.needs_window_queries:
+        _observe_window(row, layer, queries, prompt_end)
+
+
+def compact(
+    row: PrefillRow,
+    layer: int,
+    last_query: Tensor,
+    cache: PackedCache,
+    pool: SwapPool,
+    table: StateTable,
+    scale: float,
+) -> Selection:
+    """Compact one layer of a sequence that has attended its last known token; last_query: [Hq, D] of that token."""
+    sequence, record = row.sequence, row.sequence.record
+    keys, values = _prompt_kv(row, cache, record.prompt_len)
+    selection = POLICIES[record.policy].select(
+        ScoreInputs(
+            keys=keys,
+            budget=record.budget,
+            window=record.window,
+            sinks=record.sinks,
+            pool_kernel=record.pool_kernel,
+            scale=scale,
+            window_queries=sequence.window_queries.pop(layer, None),
+            column_sums=sequence.column_sums.pop(layer, None),
+        ),
+        record.stored,
+    )
+    if record.calibrated:
+        evicted_keys, evicted_values = _take(keys, selection.evicted), _take(values, selection.evicted)
+        pool.write(layer, torch.tensor(record.swap_blocks), evicted_keys, evicted_values)
+        query = last_query.view(keys.shape[0], -1, keys.shape[-1])
+        table.put(layer, record.slot, query, attention_state(query, evicted_keys, evicted_values, scale))
+    kept_keys, kept_values = _take(keys, selection.kept), _take(values, selection.kept)
+    position = torch.arange(record.prompt_len - record.budget, record.prompt_len)
+    slots = row.blocks[position // cache.block_size].long() * cache.block_size + position % cache.block_size
+    cache.write(kept_keys.transpose(0, 1).contiguous(), kept_values.transpose(0, 1).contiguous(), slots)
+    return selection
+
+
+def _observe_window(row: PrefillRow, layer: int, queries: Tensor, prompt_end: int) -> None:
+    record = row.sequence.record
+    window_start = record.prompt_len - record.window
+    first = max(row.done, window_start)
+    if first >= prompt_end:
+        return
+    seen = queries[first - row.done : prompt_end - row.done]
+    stash = row.sequence.window_queries.get(layer)
+    if stash is None:
+        if len(seen) == record.window:
+            row.sequence.window_queries[layer] = seen.clone()
+            return
+        stash = queries.new_empty((record.window, *queries.shape[1:]))
+        row.sequence.window_queries[layer] = stash
+    stash[first - window_start : prompt_end - window_start] = seen
+
+
+def _prompt_kv(row: PrefillRow, cache: PackedCache, tokens: int) -> tuple[Tensor, Tensor]:
+    """K and V [H, tokens, D] of the first `tokens` positions, as attended (copies)."""
+    columns = -(-tokens // cache.block_size)
+    keys, values = cache.read(row.blocks[None, :columns])
+    return keys[0, :, :tokens], values[0, :, :tokens]
+
+
+def _take(tokens: Tensor, index: Tensor) -> Tensor:
+    """[H, T, D] at per-head positions [H, n] -> [H, n, D]."""
+    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))

@@ -1,0 +1,80 @@
+"""Decode over a compacted prompt on CPU, in torch: the kept tokens' state, the gate, recomputation, merge."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vllm_calidrop.attention.metadata import DecodeRows
+from vllm_calidrop.attention.ops.packed import PackedCache
+from vllm_calidrop.cache.layout import SWAP_BLOCK_TOKENS
+from vllm_calidrop.cache.swap import SwapPool
+from vllm_calidrop.calibration import AttentionState, attention_state, cosine, decide, merge_states
+from vllm_calidrop.state_table import StateTable
+
+# Pairs of (sequence, KV head) are recomputed in groups of at most this many tokens, which bounds the copies.
+RECOMPUTE_TOKENS = 1 << 17
+
+
+def decode(
+    rows: DecodeRows,
+    layer: int,
+    queries: Tensor,
+    cache: PackedCache,
+    pool: SwapPool,
+    table: StateTable,
+    scale: float,
+) -> Tensor:
+    """Algorithm 2 for all rows of one layer. queries: [N, Hq, D]; returns float32 [N, Hq, D]."""
+    num_rows, num_heads, head_dim = queries.shape
+    grouped = queries.view(num_rows, cache.num_kv_heads, -1, head_dim)
+    keys, values = cache.read(rows.blocks)
+    state = attention_state(grouped, keys, values, scale, rows.valid[:, None])
+    if rows.calibrated.numel():
+        mine = rows.calibrated
+        kept = AttentionState(state.out[mine], state.lse[mine])
+        state.out[mine] = _calibrate(rows, layer, grouped[mine], kept, pool, table, scale)
+    return state.out.reshape(num_rows, num_heads, head_dim)
+
+
+def _calibrate(
+    rows: DecodeRows,
+    layer: int,
+    query: Tensor,
+    kept: AttentionState,
+    pool: SwapPool,
+    table: StateTable,
+    scale: float,
+) -> Tensor:
+    """Gate, recompute, merge for the M rows with a calibration state; query [M, H, G, D]."""
+    slots = rows.calibrated_slots
+    decision = decide(cosine(query, table.query[layer, slots]), rows.theta1, rows.theta2, rows.gate)
+    table.count(layer, slots, decision)
+
+    row, kv_head = torch.nonzero(decision.recompute.any(-1), as_tuple=True)
+    if row.numel():
+        blocks = -(-int(rows.stored[row].max()) // SWAP_BLOCK_TOKENS)
+        step = max(1, RECOMPUTE_TOKENS // (blocks * SWAP_BLOCK_TOKENS))
+        for start in range(0, row.numel(), step):
+            _recompute(rows, layer, query, decision.recompute, row[start : start + step], kv_head[start : start + step],
+                       blocks, pool, table, scale)  # fmt: skip
+
+    uses_evicted = decision.recompute | decision.merge
+    evicted = AttentionState(table.out[layer, slots], table.lse[layer, slots].masked_fill(~uses_evicted, -torch.inf))
+    return merge_states(kept, evicted).out
+
+
+def _recompute(
+    rows: DecodeRows, layer: int, query: Tensor, recompute: Tensor, row: Tensor, kv_head: Tensor, blocks: int,
+    pool: SwapPool, table: StateTable, scale: float,
+) -> None:  # fmt: skip
+    """Read the evicted KV of some (row, KV head) pairs and renew the states of the heads that asked for it."""
+    keys, values = pool.read(layer, rows.swap_blocks[row, :blocks], kv_head)
+    valid = torch.arange(keys.shape[1]) < rows.stored[row, None]
+    asked = query[row, kv_head]
+    state = attention_state(asked, keys, values, scale, valid)
+    pair, head = torch.nonzero(recompute[row, kv_head], as_tuple=True)
+    where = (layer, rows.calibrated_slots[row[pair]], kv_head[pair], head)
+    table.query[where] = asked[pair, head]
+    table.out[where] = state.out[pair, head]
+    table.lse[where] = state.lse[pair, head]

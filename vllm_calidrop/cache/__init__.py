@@ -1,0 +1,1 @@
+"""Where compressed and evicted KV lie, and who decides it."""

@@ -1,0 +1,327 @@
+"""The one place that decides: which sequences are compacted, where their evicted KV goes, and when ids are free again.
+
+It lives in the scheduler's process (EngineCore). A decision is made when a request is admitted and is final until the
+request ends or is preempted; it travels to every worker as one SequenceRecord.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vllm_calidrop.cache.layout import cacheable_hit, first_kept_block, swap_blocks_for, view_start
+from vllm_calidrop.cache.swap import SwapLedger
+from vllm_calidrop.calibration import Gate
+from vllm_calidrop.policies import POLICIES
+from vllm_calidrop.records import COUNTERS, SequenceCounters, SequenceRecord, StepRecords
+from vllm_calidrop.settings import RECORD_KEY, RequestSettings
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the ledger must know of the model on one rank. kv_bytes_per_token: K and V of one KV head in one layer."""
+
+    block_size: int
+    num_layers: int
+    num_kv_heads: int
+    num_query_heads: int
+    kv_bytes_per_token: int
+
+
+@dataclass
+class Report:
+    """What the answer's `calidrop` object says; counters accumulate over preemptions."""
+
+    prompt_tokens: int
+    kept: int
+    evicted: int
+    mode: str
+    reason: str | None
+    stored: int
+    totals: list[list[int]] = field(default_factory=list)
+    current: SequenceCounters | None = None
+
+    def as_dict(self, shape: Shape) -> dict[str, Any]:
+        per_layer = _add(self.totals, self.current.counts if self.current else [])
+        sums = [sum(layer[column] for layer in per_layer) for column in range(len(COUNTERS))]
+        report: dict[str, Any] = {
+            "prompt_tokens": self.prompt_tokens,
+            "kept": self.kept,
+            "evicted": self.evicted,
+            "mode": self.mode,
+            "reason": self.reason,
+        }
+        report.update(zip(COUNTERS, sums, strict=True))
+        report["bytes_read"] = report["group_reads"] * self.stored * shape.kv_bytes_per_token
+        report["layers"] = {name: [layer[column] for layer in per_layer] for column, name in enumerate(COUNTERS)}
+        return report
+
+
+@dataclass
+class _Admitted:
+    request: Request
+    record: SequenceRecord | None
+    freed: bool = False
+
+
+class Ledger:
+    """Decisions, swap blocks and state slots of one engine.
+
+    num_slots: size of the calibration state table. prefill_state_limit: bytes that window stashes and H2O column sums
+    of all prompts in prefill may take; a prompt that would exceed it waits, unless it is alone.
+    """
+
+    def __init__(self, shape: Shape, num_swap_blocks: int, num_slots: int, prefill_state_limit: int) -> None:
+        self.shape = shape
+        self.swap = SwapLedger(num_swap_blocks)
+        self.num_slots = num_slots
+        self.prefill_state_limit = prefill_state_limit
+        self.fallbacks: dict[str, int] = {}
+        self._free_slots = list(range(num_slots - 1, -1, -1))
+        self._admitted: dict[str, _Admitted] = {}
+        self._reports: dict[str, Report] = {}
+        self._pending = StepRecords()
+        self._admissions = itertools.count(1)
+        self._scheduled_steps = 0
+        self._processed_steps = 0
+        self._quarantine: deque[tuple[int, SequenceRecord]] = deque()
+
+    # --- admission ---------------------------------------------------------------------------------------------------
+
+    def is_admitted(self, request: Request) -> bool:
+        return request.request_id in self._admitted
+
+    def allowed_hit(self, request: Request, hit_tokens: int) -> int:
+        """How much of a prefix-cache hit the request may use, in tokens; asked before admission."""
+        settings = settings_of(request)
+        if settings is None or not _wants_eviction(settings, request.num_prompt_tokens):
+            return hit_tokens
+        policy = POLICIES[settings.kv_policy]
+        if policy.needs_column_sums:
+            return 0
+        assert settings.kv_budget is not None
+        first_block = first_kept_block(request.num_prompt_tokens, settings.kv_budget, self.shape.block_size)
+        window = settings.kv_window if policy.needs_window_queries else 0
+        return cacheable_hit(hit_tokens, request.num_prompt_tokens, first_block, window, self.shape.block_size)
+
+    def must_wait(
+        self, request: Request, needed_blocks: int, free_blocks: int, held_blocks: dict[str, int], chunk: int
+    ) -> bool:
+        """Whether admitting `request` now could force a preemption later, while its prompt is still uncompressed.
+
+        Headroom is kept for what other prompts in prefill have yet to allocate and for what decoding sequences will
+        grow by while this prompt is computed in chunks of `chunk` tokens. Without any budget in sight vLLM's own rule
+        stands alone.
+        """
+        settings = settings_of(request)
+        compresses = settings is not None and _wants_eviction(settings, request.num_prompt_tokens)
+        others = list(self._admitted.values())
+        if not others or not (compresses or any(other.record for other in others)):
+            return False
+        bs = self.shape.block_size
+        headroom = 0
+        steps = -(-request.num_tokens // max(1, chunk))
+        for other in others:
+            missing = -(-other.request.num_tokens // bs) - held_blocks.get(other.request.request_id, 0)
+            headroom += max(0, missing) + -(-steps // bs)
+        if needed_blocks + headroom > free_blocks:
+            return True
+        prefilling = [o.record for o in others if o.record and _in_prefill(o)]
+        used = sum(self._prefill_state_bytes(record.policy, record.window, record.prompt_len) for record in prefilling)
+        if not compresses or not prefilling:
+            return False
+        assert settings is not None
+        mine = self._prefill_state_bytes(settings.kv_policy, settings.kv_window, request.num_prompt_tokens)
+        return used + mine > self.prefill_state_limit
+
+    def admit(self, request: Request) -> None:
+        """Decide, reserve and report. `cancel` undoes it if vLLM then finds no blocks."""
+        assert request.request_id not in self._admitted
+        record, report = self._decide(request)
+        earlier = self._reports.get(request.request_id)
+        if earlier is not None:
+            report.totals = _add(earlier.totals, earlier.current.counts if earlier.current else [])
+        self._reports[request.request_id] = report
+        self._admitted[request.request_id] = _Admitted(request, record)
+
+    def confirm(self, request: Request) -> None:
+        """The admission stands: tell the workers in this step's records, and count a fallback."""
+        record = self._admitted[request.request_id].record
+        if record is not None:
+            self._pending.admitted.append(record)
+        reason = self._reports[request.request_id].reason
+        if reason == "swap_full":
+            self.fallbacks[reason] = self.fallbacks.get(reason, 0) + 1
+
+    def cancel(self, request: Request) -> None:
+        record = self._admitted.pop(request.request_id).record
+        if record is not None:
+            self._return_ids(record)
+
+    def first_block_of(self, request_id: str) -> int | None:
+        """g of a sequence that is or will be compacted, else None."""
+        admitted = self._admitted.get(request_id)
+        return admitted.record.first_block if admitted and admitted.record else None
+
+    # --- life --------------------------------------------------------------------------------------------------------
+
+    def take_freeable(self) -> list[tuple[str, int]]:
+        """(request id, g) of sequences whose compaction step has been processed, each once."""
+        freeable = []
+        for request_id, admitted in self._admitted.items():
+            record, request = admitted.record, admitted.request
+            if record is None or admitted.freed:
+                continue
+            if request.num_computed_tokens - request.num_in_flight_tokens >= record.compaction_point:
+                admitted.freed = True
+                freeable.append((request_id, record.first_block))
+        return freeable
+
+    def release(self, request_id: str) -> None:
+        """The sequence ended or was preempted. Its ids wait until no step in flight can touch them."""
+        admitted = self._admitted.pop(request_id, None)
+        if admitted is None or admitted.record is None:
+            return
+        record = admitted.record
+        if record in self._pending.admitted:
+            self._pending.admitted.remove(record)
+        else:
+            self._pending.released.append(request_id)
+        if self._scheduled_steps > self._processed_steps:
+            self._quarantine.append((self._scheduled_steps, record))
+        else:
+            self._return_ids(record)
+
+    # --- steps -------------------------------------------------------------------------------------------------------
+
+    def step_scheduled(self) -> StepRecords:
+        """The records of the step that was just scheduled; called once per schedule."""
+        self._scheduled_steps += 1
+        records, self._pending = self._pending, StepRecords()
+        return records
+
+    def step_processed(self, counters: dict[str, SequenceCounters]) -> None:
+        """A step's output came back; called once per step, in order, before vLLM processes it."""
+        self._processed_steps += 1
+        while self._quarantine and self._quarantine[0][0] <= self._processed_steps:
+            self._return_ids(self._quarantine.popleft()[1])
+        for request_id, counted in counters.items():
+            report = self._reports.get(request_id)
+            admitted = self._admitted.get(request_id)
+            if report and admitted and admitted.record and admitted.record.admission == counted.admission:
+                report.current = counted
+
+    def report(self, request_id: str) -> dict[str, Any] | None:
+        report = self._reports.get(request_id)
+        return report.as_dict(self.shape) if report else None
+
+    def forget_reports(self, alive: Any) -> None:
+        """Drop reports of requests vLLM no longer knows (`alive`: a container of request ids)."""
+        for request_id in [request_id for request_id in self._reports if request_id not in alive]:
+            del self._reports[request_id]
+
+    @property
+    def in_use(self) -> dict[str, int]:
+        """What is not free; all zero when no request lives."""
+        return {
+            "sequences": len(self._admitted),
+            "swap_blocks": self.swap.num_blocks - self.swap.num_free,
+            "state_slots": self.num_slots - len(self._free_slots),
+            "quarantine": len(self._quarantine),
+        }
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _decide(self, request: Request) -> tuple[SequenceRecord | None, Report]:
+        prompt_len = request.num_prompt_tokens
+        settings = settings_of(request)
+        if settings is None or settings.kv_budget is None:
+            return None, _kept_whole(prompt_len, "no_budget")
+        if settings.kv_policy == "full":
+            return None, _kept_whole(prompt_len, "policy_full")
+        if prompt_len <= settings.kv_budget:
+            return None, _kept_whole(prompt_len, "prompt_within_budget")
+
+        evicted = prompt_len - settings.kv_budget
+        stored = _tokens_to_store(settings, evicted)
+        reason = None if stored else "calibration_off"
+        swap_blocks = self.swap.take(swap_blocks_for(stored))
+        if swap_blocks is None:
+            if settings.kv_on_full == "full":
+                return None, _kept_whole(prompt_len, "swap_full")
+            stored, swap_blocks, reason = 0, (), "swap_full"
+
+        record = SequenceRecord(
+            request_id=request.request_id,
+            admission=next(self._admissions),
+            slot=self._free_slots.pop(),
+            prompt_len=prompt_len,
+            compaction_point=request.num_tokens,
+            budget=settings.kv_budget,
+            first_block=first_kept_block(prompt_len, settings.kv_budget, self.shape.block_size),
+            view_start=view_start(prompt_len, settings.kv_budget, self.shape.block_size),
+            policy=settings.kv_policy,
+            window=settings.kv_window,
+            sinks=settings.kv_sinks,
+            pool_kernel=settings.kv_pool_kernel,
+            theta1=settings.kv_theta1,
+            theta2=settings.kv_theta2,
+            gate=int(Gate.of(settings.kv_gate)),
+            stored=stored,
+            swap_blocks=swap_blocks,
+        )
+        mode = "calidrop" if stored else "evict"
+        return record, Report(prompt_len, settings.kv_budget, evicted, mode, reason, stored)
+
+    def _prefill_state_bytes(self, policy: str, window: int, prompt_len: int) -> int:
+        return prefill_state_bytes(self.shape, policy, window, prompt_len)
+
+    def _return_ids(self, record: SequenceRecord) -> None:
+        self.swap.give_back(record.swap_blocks)
+        self._free_slots.append(record.slot)
+
+
+def settings_of(request: Request) -> RequestSettings | None:
+    """The complete settings the API process resolved, or None where there are none (pooling requests)."""
+    params = request.sampling_params
+    raw = params.extra_args.get(RECORD_KEY) if params is not None and params.extra_args else None
+    return RequestSettings.from_record(raw) if raw is not None else None
+
+
+def prefill_state_bytes(shape: Shape, policy: str, window: int, prompt_len: int) -> int:
+    """Bytes a worker holds for one sequence until its prompt is complete: stashed window queries or H2O column sums."""
+    if POLICIES[policy].needs_column_sums:
+        return shape.num_layers * shape.num_kv_heads * prompt_len * 4
+    if POLICIES[policy].needs_window_queries:
+        return shape.num_layers * window * shape.num_query_heads * shape.kv_bytes_per_token // 2
+    return 0
+
+
+def _wants_eviction(settings: RequestSettings, prompt_len: int) -> bool:
+    return settings.compresses and settings.kv_budget is not None and prompt_len > settings.kv_budget
+
+
+def _tokens_to_store(settings: RequestSettings, evicted: int) -> int:
+    if not settings.calibrates:
+        return 0
+    return evicted if settings.kv_calibration_size is None else min(evicted, settings.kv_calibration_size)
+
+
+def _kept_whole(prompt_len: int, reason: str) -> Report:
+    return Report(prompt_len, kept=prompt_len, evicted=0, mode="full", reason=reason, stored=0)
+
+
+def _in_prefill(admitted: _Admitted) -> bool:
+    assert admitted.record is not None
+    return admitted.request.num_computed_tokens < admitted.record.compaction_point
+
+
+def _add(a: list[list[int]], b: list[list[int]]) -> list[list[int]]:
+    if not a or not b:
+        return a or b
+    return [[x + y for x, y in zip(row_a, row_b, strict=True)] for row_a, row_b in zip(a, b, strict=True)]

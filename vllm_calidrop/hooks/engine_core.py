@@ -1,0 +1,39 @@
+"""The engine's process sizes the swap pool once, when the KV pool's size is known, and tells every worker.
+
+`EngineCore._initialize_kv_caches` is wrapped because it is the moment between the two: the workers have their KV cache,
+the scheduler (whose ledger needs the number) does not exist yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_calidrop.hooks.on_import import when_imported
+from vllm_calidrop.hooks.wrap import wrap_method
+from vllm_calidrop.selection import is_selected
+
+
+def install() -> None:
+    when_imported("vllm.v1.engine.core", _wrap)
+
+
+def _wrap(module: Any) -> None:
+    EngineCore = module.EngineCore
+    wrap_method(EngineCore, "_initialize_kv_caches", _allocate_swap, ("self", "vllm_config"))
+
+
+def _allocate_swap(original: Callable[..., Any]) -> Callable[..., Any]:
+    def _initialize_kv_caches(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_selected(vllm_config):
+            return original(self, vllm_config, *args, **kwargs)
+        from vllm_calidrop.cache import spec
+        from vllm_calidrop.engine import size_swap_pool
+
+        spec.register()
+        kv_cache_config = original(self, vllm_config, *args, **kwargs)
+        kv_cache_config.calidrop_swap_blocks = size_swap_pool(vllm_config, kv_cache_config)
+        self.model_executor.collective_rpc("calidrop_allocate", args=(kv_cache_config.calidrop_swap_blocks,))
+        return kv_cache_config
+
+    return _initialize_kv_caches

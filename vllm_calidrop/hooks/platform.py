@@ -1,0 +1,51 @@
+"""CpuPlatform knows one attention backend and takes it whatever was asked for; and nobody checks what we refuse.
+
+`get_attn_backend_cls` is wrapped so that CALIDROP resolves to our class on CPU; other platforms validate it themselves.
+`check_and_update_config` is wrapped because it is the one place that sees every finished VllmConfig, in the process the
+user started, before any memory or process is spent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm_calidrop.hooks.wrap import wrap_method
+from vllm_calidrop.registration import BACKEND_PATH
+from vllm_calidrop.selection import BACKEND_NAME, is_selected
+
+
+def install() -> None:
+    from vllm.platforms.cpu import CpuPlatform
+
+    wrap_method(
+        CpuPlatform,
+        "get_attn_backend_cls",
+        _resolve_ours,
+        ("cls", "selected_backend", "attn_selector_config"),
+    )
+    wrap_method(CpuPlatform, "check_and_update_config", _check, ("cls", "vllm_config"))
+
+
+def _resolve_ours(original: Callable[..., str]) -> Callable[..., str]:
+    def get_attn_backend_cls(
+        cls: Any, selected_backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any
+    ) -> str:
+        if getattr(selected_backend, "name", None) == BACKEND_NAME and not attn_selector_config.use_mla:
+            return BACKEND_PATH
+        return original(cls, selected_backend, attn_selector_config, *args, **kwargs)
+
+    return get_attn_backend_cls
+
+
+def _check(original: Callable[..., None]) -> Callable[..., None]:
+    def check_and_update_config(cls: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        original(cls, vllm_config, *args, **kwargs)
+        if is_selected(vllm_config):
+            from vllm_calidrop.settings import ServerSettings
+            from vllm_calidrop.support import refuse_config
+
+            refuse_config(vllm_config)
+            ServerSettings.from_additional_config(vllm_config.additional_config)
+
+    return check_and_update_config

@@ -1,0 +1,68 @@
+"""How much memory this backend takes, counted in one function, and how much of it goes to the swap pool."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_calidrop.cache.swap import SwapPool
+from vllm_calidrop.policies.h2o import QUERY_TILE
+from vllm_calidrop.settings import ServerSettings
+from vllm_calidrop.state_table import StateTable
+
+# Without --additional-config: the swap pool is at most twice the KV pool and at most this part of free host memory.
+SWAP_PER_KV = 2
+SWAP_OF_FREE_HOST = 0.5
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """One rank's share of the model. Heads are those of this rank."""
+
+    num_layers: int
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    max_model_len: int
+    max_window: int
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes beside the KV pool and the swap pool, on one rank."""
+
+    state_table: int
+    prefill_state: int
+    scratch: int
+
+    @property
+    def total(self) -> int:
+        return self.state_table + self.prefill_state + self.scratch
+
+
+def footprint(shape: ModelShape, num_slots: int, settings: ServerSettings) -> Footprint:
+    """State table, stashes of prompts in prefill (bounded by a setting), and the scratch of the largest compaction."""
+    slot = StateTable.slot_bytes(shape.num_layers, shape.num_query_heads, shape.head_dim, shape.dtype)
+    tokens, item = shape.max_model_len, shape.dtype.itemsize
+    # K and V of the whole prompt as read, again as fp32, the evicted and kept copies, and the padded run for the swap pool.
+    kv = shape.num_kv_heads * tokens * 2 * shape.head_dim * (3 * item + 4)
+    # Logits and their softmax for one tile of queries.
+    scores = 2 * shape.num_query_heads * max(shape.max_window, QUERY_TILE) * tokens * 4
+    return Footprint(num_slots * slot, settings.prefill_state_bytes, kv + scores)
+
+
+def swap_block_bytes(shape: ModelShape) -> int:
+    return SwapPool.block_bytes(shape.num_layers, shape.num_kv_heads, shape.head_dim, shape.dtype)
+
+
+def default_swap_bytes(kv_pool_bytes: int, free_host_bytes: int) -> int:
+    return int(min(SWAP_PER_KV * kv_pool_bytes, SWAP_OF_FREE_HOST * free_host_bytes))
+
+
+def swap_bytes_beside(available: int, free_host_bytes: int, settings: ServerSettings) -> int:
+    """The swap pool's share of `available` bytes that KV pool and swap pool take from the same host memory (CPU)."""
+    if settings.swap_bytes is not None:
+        return settings.swap_bytes
+    return int(min(available * SWAP_PER_KV / (1 + SWAP_PER_KV), SWAP_OF_FREE_HOST * free_host_bytes))

@@ -1,0 +1,65 @@
+"""What the scheduler's process tells the workers: plain dataclasses that pickle. Workers never derive any of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+# The attribute under which a StepRecords travels on vLLM's SchedulerOutput, and counters on its ModelRunnerOutput.
+RECORDS_ATTRIBUTE = "calidrop"
+COUNTERS_ATTRIBUTE = "calidrop_counters"
+
+# Columns of the counters, per layer: decisions of query heads, then reads of KV head groups.
+COUNTERS = ("recomputes", "merges", "plain", "group_reads")
+
+
+@dataclass(frozen=True)
+class SequenceRecord:
+    """One sequence whose prompt will be compacted. Final until the sequence ends or is preempted.
+
+    prompt_len: P. compaction_point: tokens known at (re-)admission; a layer is compacted when it has attended that
+    many. first_block: g. stored: evicted tokens per KV head that go to the swap pool (0: no calibration).
+    admission: increases with every admission of any sequence; tells counters of different lives apart.
+    """
+
+    request_id: str
+    admission: int
+    slot: int
+    prompt_len: int
+    compaction_point: int
+    budget: int
+    first_block: int
+    view_start: int
+    policy: str
+    window: int
+    sinks: int
+    pool_kernel: int
+    theta1: float
+    theta2: float
+    gate: int
+    stored: int
+    swap_blocks: tuple[int, ...]
+
+    @property
+    def calibrated(self) -> bool:
+        return self.stored > 0
+
+
+@dataclass
+class StepRecords:
+    """What changed since the last step. Workers release first, then admit: a slot may be handed on within one step."""
+
+    released: list[str] = field(default_factory=list)
+    admitted: list[SequenceRecord] = field(default_factory=list)
+
+
+@dataclass
+class SequenceCounters:
+    """Counters of one sequence since its admission, summed over tensor-parallel ranks. counts: [layers][COUNTERS]."""
+
+    admission: int
+    counts: list[list[int]]
+
+
+def records_of(scheduler_output: Any) -> StepRecords | None:
+    return getattr(scheduler_output, RECORDS_ATTRIBUTE, None)

@@ -1,0 +1,72 @@
+"""The worker's side of a sequence's life: its record, by request id and, for the decode path, as arrays by state slot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vllm_calidrop.cache.layout import swap_blocks_for
+from vllm_calidrop.records import SequenceRecord, StepRecords
+
+
+@dataclass
+class Sequence:
+    """A sequence that will be, or has been, compacted.
+
+    window_queries: per layer the queries seen so far of the last `window` prompt positions, [window, Hq, D]; exists only
+    if a chunk ended inside that window. column_sums: per layer H2O's sums, float32 [H, P]; exists only in prefill.
+    """
+
+    record: SequenceRecord
+    window_queries: dict[int, Tensor] = field(default_factory=dict)
+    column_sums: dict[int, Tensor] = field(default_factory=dict)
+
+
+class SequenceTable:
+    """All sequences of this worker. Arrays are indexed by state slot and hold the record's fields of the same name."""
+
+    def __init__(self, num_slots: int, max_model_len: int) -> None:
+        self._by_id: dict[str, Sequence] = {}
+        self.compaction_point = np.zeros(num_slots, dtype=np.int64)
+        self.first_block = np.zeros(num_slots, dtype=np.int64)
+        self.view_start = np.zeros(num_slots, dtype=np.int64)
+        self.stored = np.zeros(num_slots, dtype=np.int64)
+        self.theta1 = torch.zeros(num_slots, dtype=torch.float32)
+        self.theta2 = torch.zeros(num_slots, dtype=torch.float32)
+        self.gate = torch.zeros(num_slots, dtype=torch.int64)
+        self.swap_table = torch.zeros((num_slots, swap_blocks_for(max_model_len)), dtype=torch.int64)
+
+    def apply(self, step: StepRecords) -> list[SequenceRecord]:
+        """Release, then admit; returns the admitted records."""
+        for request_id in step.released:
+            del self._by_id[request_id]
+        for record in step.admitted:
+            self._admit(record)
+        return step.admitted
+
+    def _admit(self, record: SequenceRecord) -> None:
+        assert record.request_id not in self._by_id, record.request_id
+        self._by_id[record.request_id] = Sequence(record)
+        slot = record.slot
+        self.compaction_point[slot] = record.compaction_point
+        self.first_block[slot] = record.first_block
+        self.view_start[slot] = record.view_start
+        self.stored[slot] = record.stored
+        self.theta1[slot] = record.theta1
+        self.theta2[slot] = record.theta2
+        self.gate[slot] = record.gate
+        self.swap_table[slot, : len(record.swap_blocks)] = torch.tensor(record.swap_blocks, dtype=torch.int64)
+
+    def get(self, request_id: str) -> Sequence | None:
+        return self._by_id.get(request_id)
+
+    def slots_of(self, request_ids: list[str]) -> np.ndarray:
+        """int64 [rows]: each row's state slot, -1 for a sequence that is never compacted."""
+        by_id = self._by_id
+        return np.array([by_id[i].record.slot if i in by_id else -1 for i in request_ids], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._by_id)

@@ -1,0 +1,86 @@
+"""What is refused, with a clear error at start-up, until it is really supported and tested (docs: README, Limits)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_calidrop.selection import BACKEND_NAME
+
+
+class UnsupportedError(ValueError):
+    """The engine's configuration and this backend do not go together."""
+
+    def __init__(self, reasons: list[str]) -> None:
+        super().__init__(f"--attention-backend {BACKEND_NAME.lower()} does not support: {'; '.join(reasons)}")
+        self.reasons = reasons
+
+
+def refuse_config(vllm_config: Any) -> None:
+    """Raise UnsupportedError for what can be seen in a VllmConfig."""
+    parallel, cache, model = vllm_config.parallel_config, vllm_config.cache_config, vllm_config.model_config
+    reasons = []
+    if vllm_config.speculative_config is not None:
+        reasons.append("speculative decoding (--speculative-config)")
+    if vllm_config.kv_transfer_config is not None:
+        reasons.append("KV connectors (--kv-transfer-config)")
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        reasons.append("context parallelism")
+    if parallel.pipeline_parallel_size > 1:
+        reasons.append("pipeline parallelism")
+    if cache.cache_dtype not in ("auto", "bfloat16", "float16"):
+        reasons.append(f"a quantised KV cache (--kv-cache-dtype {cache.cache_dtype})")
+    if model is not None:
+        if model.use_mla:
+            reasons.append("multi-head latent attention (MLA)")
+        if model.runner_type != "generate":
+            reasons.append(f"models that do not generate (runner {model.runner_type})")
+        if model.is_encoder_decoder:
+            reasons.append("encoder-decoder models")
+        if getattr(model.hf_text_config, "sliding_window", None) and not model.disable_sliding_window:
+            if getattr(model.hf_text_config, "use_sliding_window", True):
+                reasons.append("sliding-window attention (try --disable-sliding-window)")
+    if reasons:
+        raise UnsupportedError(reasons)
+
+
+def refuse_platform() -> None:
+    """Raise UnsupportedError where there are no kernels of ours yet."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        raise UnsupportedError(
+            [f"the platform {current_platform.device_name} (this version runs on vLLM's CPU platform)"]
+        )
+
+
+def refuse_layer(impl: Any) -> None:
+    """Raise UnsupportedError for what only an attention layer knows."""
+    reasons = []
+    if impl.sliding_window != -1:
+        reasons.append("sliding-window attention layers")
+    if impl.sinks is not None:
+        reasons.append("attention-sink layers")
+    if impl.alibi_slopes is not None:
+        reasons.append("ALiBi")
+    if impl.logits_soft_cap:
+        reasons.append("soft-capped attention logits")
+    if impl.kv_sharing_target_layer_name is not None:
+        reasons.append("KV sharing between layers")
+    if impl.is_fp8_kv_cache:
+        reasons.append("a quantised KV cache")
+    if impl.attn_type != "decoder":
+        reasons.append(f"{impl.attn_type} attention")
+    if reasons:
+        raise UnsupportedError(reasons)
+
+
+def refuse_groups(kv_cache_config: Any) -> None:
+    """Raise UnsupportedError unless all of the KV cache is one group of plain full attention."""
+    from vllm_calidrop.cache.spec import CaliDropSpec
+
+    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    kinds = sorted({type(spec).__name__ for spec in specs if not isinstance(spec, CaliDropSpec)})
+    if kinds:
+        raise UnsupportedError([f"KV-cache groups of {', '.join(kinds)} (hybrid models)"])
+    if len(specs) != 1:
+        raise UnsupportedError([f"{len(specs)} KV-cache groups (layers of different shapes)"])
