@@ -238,9 +238,7 @@ class Reference:
                 replayed = prompt_ids + tokens
                 caches, kept, hosted, logits = self._prefill(replayed, prompt_tokens, settings, margins)
             else:
-                logits = self._decode(
-                    token, prompt_tokens + len(tokens) - 1, caches, settings, trace, margins
-                )
+                logits = self._decode(token, prompt_tokens + len(tokens) - 1, caches, settings, trace, margins)
 
         kept_count = settings.budget if settings.evicts(prompt_tokens) else prompt_tokens
         decisions, rhos = trace.stacked()
@@ -342,9 +340,7 @@ class Reference:
             return kept_state.out
 
         rho = cosine(q, stored.q)
-        recompute, merge_stored, margin = decide(
-            rho, settings.kv_theta1, settings.kv_theta2, settings.kv_gate
-        )
+        recompute, merge_stored, margin = decide(rho, settings.kv_theta1, settings.kv_theta2, settings.kv_gate)
 
         fresh = attention_state(q, stored.evicted_k, stored.evicted_v, self.scale)
         stored.q = torch.where(recompute.unsqueeze(-1), q, stored.q)

@@ -43,9 +43,7 @@ class SecondReference:
         for module in self.model.modules():
             for name, child in list(module.named_children()):
                 if type(child).__name__ == "LlamaRMSNorm":  # Hugging Face's rounds to float32
-                    exact = torch.nn.RMSNorm(
-                        child.weight.shape[0], child.variance_epsilon, dtype=torch.float64
-                    )
+                    exact = torch.nn.RMSNorm(child.weight.shape[0], child.variance_epsilon, dtype=torch.float64)
                     exact.weight = child.weight
                     setattr(module, name, exact)
         self.model.set_attn_implementation("calidrop_second")

@@ -95,9 +95,7 @@ def assert_same(first: Result, other: SecondResult, tolerance: float) -> None:
 # The model is Hugging Face's
 
 
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "tied"), [(4, 2, True), (4, 2, False), (4, 1, False), (2, 2, False)]
-)
+@pytest.mark.parametrize(("heads", "kv_heads", "tied"), [(4, 2, True), (4, 2, False), (4, 1, False), (2, 2, False)])
 def test_logits_are_hugging_faces(heads: int, kv_heads: int, tied: bool) -> None:
     model = tiny_llama(3, heads, kv_heads, tied)
     ids = prompt(80)
@@ -141,9 +139,7 @@ def test_the_two_references_agree(exact: Reference, second: SecondReference, pol
     thresholds = [(0.4, 0.6), (0.0, 0.3), (0.2, 0.2)]
     taken = torch.zeros(3, 4, dtype=torch.long)
     for seed, (theta1, theta2) in enumerate(thresholds):
-        settings = Settings(
-            16 + seed, policy, theta1, theta2, gate, kv_calibration_size=[None, 11, None][seed]
-        )
+        settings = Settings(16 + seed, policy, theta1, theta2, gate, kv_calibration_size=[None, 11, None][seed])
         ids = prompt(40 + 7 * seed, seed)
         result = exact.generate(ids, 20, settings)
         assert_same(result, second.generate(ids, 20, settings), tolerance=1e-9)
@@ -162,9 +158,7 @@ def test_the_two_references_agree_on_other_group_sizes(heads: tuple[int, int]) -
         assert_same(first.generate(prompt(40), 15, settings), second.generate(prompt(40), 15, settings), 1e-9)
 
 
-def test_float32_decides_as_float64_outside_the_margins(
-    reference: Reference, second: SecondReference
-) -> None:
+def test_float32_decides_as_float64_outside_the_margins(reference: Reference, second: SecondReference) -> None:
     compared = 0
     for seed in range(12):
         settings = Settings(14, POLICIES[seed % 3], 0.1, 0.3, GATES[seed // 4])
@@ -194,9 +188,7 @@ def test_float32_decides_as_float64_outside_the_margins(
         Settings(9, kv_calibration=False),
     ],
 )
-def test_the_two_references_agree_at_the_edges(
-    exact: Reference, second: SecondReference, settings: Settings
-) -> None:
+def test_the_two_references_agree_at_the_edges(exact: Reference, second: SecondReference, settings: Settings) -> None:
     ids, settings = prompt(40), replace(settings, kv_theta1=0.2, kv_theta2=0.4)
     assert_same(exact.generate(ids, 8, settings), second.generate(ids, 8, settings), tolerance=1e-9)
 
@@ -278,16 +270,12 @@ def test_margins(reference: Reference) -> None:
     alone = reference.generate(prompt(60), 10, Settings(13, "h2o", 0.2, 0.4, "head"))
     band = torch.minimum((alone.rhos - 0.2).abs(), (alone.rhos - 0.4).abs()).min().item()
     assert alone.margins.rho == pytest.approx(band, abs=1e-6)
-    assert (
-        0 < result.margins.score <= reference.generate(prompt(60), 1, Settings(13, "h2o")).margins.score < 1
-    )
+    assert 0 < result.margins.score <= reference.generate(prompt(60), 1, Settings(13, "h2o")).margins.score < 1
     assert 0 < result.margins.logit < 5
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_preemption_agrees_with_the_second_reference(
-    exact: Reference, second: SecondReference, policy: str
-) -> None:
+def test_preemption_agrees_with_the_second_reference(exact: Reference, second: SecondReference, policy: str) -> None:
     ids, settings = prompt(45), Settings(15, policy, 0.2, 0.4, kv_calibration_size=20)
     whole = exact.generate(ids, 14, settings)
     for resume_at in (1, 5, 13):
@@ -302,9 +290,7 @@ def test_preemption_agrees_with_the_second_reference(
     assert exact.generate(ids, 14, settings, resume_at=14).logprobs == whole.logprobs
 
 
-def test_the_token_after_a_preemption_comes_from_full_attention(
-    model: LlamaForCausalLM, reference: Reference
-) -> None:
+def test_the_token_after_a_preemption_comes_from_full_attention(model: LlamaForCausalLM, reference: Reference) -> None:
     ids, answer = prompt(60), prompt(12, seed=9)
     expected = hugging_face_logprobs(model, ids, answer)
     settings = Settings(6, kv_calibration=False)
@@ -420,9 +406,7 @@ def test_exactly_the_budget_is_kept(policy: str) -> None:
 
 
 def test_score_gap() -> None:
-    selection = select(
-        torch.zeros(1, 1, 13, 13), torch.eye(13).expand(1, 13, 13), 1.0, Settings(7, kv_window=3)
-    )
+    selection = select(torch.zeros(1, 1, 13, 13), torch.eye(13).expand(1, 13, 13), 1.0, Settings(7, kv_window=3))
     assert selection.gap(4) == 0.0  # a tie decides
     assert selection.gap(6) == pytest.approx(0.2)  # 1 against 4/5
     assert selection.gap(0) == selection.gap(10) == float("inf")
@@ -457,9 +441,7 @@ def test_states_merge_to_the_whole() -> None:
     torch.testing.assert_close(whole.out, expected @ v / expected.sum(-1, keepdim=True))
     torch.testing.assert_close(whole.lse, expected.sum(-1).log())
     for cut in (0, 1, 7, 20):
-        parts = merge(
-            attention_state(q, k[:, :cut], v[:, :cut], 0.5), attention_state(q, k[:, cut:], v[:, cut:], 0.5)
-        )
+        parts = merge(attention_state(q, k[:, :cut], v[:, :cut], 0.5), attention_state(q, k[:, cut:], v[:, cut:], 0.5))
         torch.testing.assert_close(parts.out, whole.out)
         torch.testing.assert_close(parts.lse, whole.lse)
 
