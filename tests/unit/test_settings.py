@@ -1,0 +1,231 @@
+"""Request and server settings: every name, the fallbacks, and what is refused under which name."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from vllm_calidrop.settings import (
+    MAX_COUNT,
+    RequestSettings,
+    ServerSettings,
+    SettingsError,
+    is_ours,
+    resolve_request,
+)
+
+NO_DEFAULTS = ServerSettings()
+
+TABLE: dict[str, Any] = {
+    "kv_budget": None,
+    "kv_policy": "snapkv",
+    "kv_theta1": 0.7,
+    "kv_theta2": 0.85,
+    "kv_gate": "group",
+    "kv_calibration": True,
+    "kv_calibration_size": None,
+    "kv_on_full": "full",
+    "kv_window": 32,
+    "kv_pool_kernel": 5,
+    "kv_sinks": 32,
+}
+
+BAD: list[tuple[str, Any]] = [
+    *[(name, value) for name in ("kv_budget", "kv_window") for value in (0, -1)],
+    *[(name, -1) for name in ("kv_calibration_size", "kv_sinks", "kv_pool_kernel")],
+    *[
+        (name, value)
+        for name in ("kv_budget", "kv_calibration_size", "kv_window", "kv_pool_kernel", "kv_sinks")
+        for value in (True, False, 1.5, 3.0, "3", [3], {}, MAX_COUNT + 1, 10**40, math.nan)
+    ],
+    *[(name, None) for name in TABLE if name not in ("kv_budget", "kv_calibration_size")],
+    *[
+        (name, value)
+        for name in ("kv_theta1", "kv_theta2")
+        for value in (
+            True,
+            "0.5",
+            math.nan,
+            math.inf,
+            -math.inf,
+            2.001,
+            -2.001,
+            3,
+            10**400,
+            -(10**400),
+            [0.5],
+        )
+    ],
+    *[(name, value) for name in ("kv_policy", "kv_gate", "kv_on_full") for value in ("", "SNAPKV", 1, True, ["full"])],
+    *[("kv_calibration", value) for value in (0, 1, "true", 0.0)],
+    *[("kv_pool_kernel", value) for value in (0, 2, 4)],
+    *[(name, 1) for name in ("kv_codec", "kv_read_budget", "kv_", "kv_budgets")],
+]
+
+
+def test_the_table() -> None:
+    assert resolve_request({}, NO_DEFAULTS).to_record() == TABLE
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_refused_under_its_name(name: str, value: Any) -> None:
+    with pytest.raises(SettingsError) as refusal:
+        resolve_request({name: value}, NO_DEFAULTS)
+    assert refusal.value.field == name
+    assert name in str(refusal.value)
+    assert len(str(refusal.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("raw", "field", "also"),
+    [
+        ({"kv_theta1": 2}, "kv_theta1", "kv_theta2"),
+        ({"kv_theta2": 0.1}, "kv_theta2", "kv_theta1"),
+        ({"kv_theta1": 0.9, "kv_theta2": 0.8}, "kv_theta1", "kv_theta2"),
+        ({"kv_budget": 16, "kv_window": 17}, "kv_window", "kv_budget"),
+        ({"kv_budget": 16, "kv_sinks": 17}, "kv_sinks", "kv_budget"),
+    ],
+)
+def test_impossible_combinations_name_both(raw: dict[str, Any], field: str, also: str) -> None:
+    with pytest.raises(SettingsError) as refusal:
+        resolve_request(raw, NO_DEFAULTS)
+    assert refusal.value.field == field
+    assert field in str(refusal.value)
+    assert also in str(refusal.value)
+
+
+def test_numbers_that_are_fine() -> None:
+    settings = resolve_request({"kv_theta1": -2, "kv_theta2": 2, "kv_budget": MAX_COUNT}, NO_DEFAULTS)
+    assert (settings.kv_theta1, settings.kv_theta2) == (-2.0, 2.0)
+    assert resolve_request({"kv_theta1": 2, "kv_theta2": 2}, NO_DEFAULTS).kv_theta1 == 2.0
+    assert resolve_request({"kv_budget": 8, "kv_window": 8, "kv_sinks": 8}, NO_DEFAULTS).kv_window == 8
+    assert resolve_request({"kv_window": 500}, NO_DEFAULTS).kv_window == 500
+
+
+@given(st.integers(1, 200))
+def test_only_defaults_shrink(budget: int) -> None:
+    settings = resolve_request({"kv_budget": budget}, NO_DEFAULTS)
+    assert settings.kv_budget == budget
+    assert settings.kv_window == max(1, min(32, budget // 2))
+    assert settings.kv_sinks == min(32, budget // 2)
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "kv_budget": st.none() | st.integers(-1, 80),
+            "kv_policy": st.sampled_from(["snapkv", "h2o", "streaming_llm", "full", "none"]),
+            "kv_theta1": st.floats(allow_nan=True) | st.integers(-3, 3),
+            "kv_theta2": st.floats(-2, 2),
+            "kv_calibration_size": st.none() | st.integers(-1, 50),
+            "kv_window": st.integers(-1, 80),
+            "kv_sinks": st.integers(-1, 80),
+            "kv_pool_kernel": st.integers(-1, 9),
+        },
+    )
+)
+def test_either_refused_by_name_or_a_complete_record_that_survives_the_way(raw: dict[str, Any]) -> None:
+    try:
+        settings = resolve_request(raw, NO_DEFAULTS)
+    except SettingsError as error:
+        assert error.field in raw
+        return
+    record = settings.to_record()
+    assert list(record) == list(TABLE)
+    assert all(record[name] == value for name, value in raw.items())
+    assert RequestSettings.from_record(json.loads(json.dumps(record))) == settings
+    if settings.kv_budget is not None:
+        assert settings.kv_window <= settings.kv_budget
+        assert settings.kv_sinks <= settings.kv_budget
+
+
+def test_what_a_record_means() -> None:
+    assert not resolve_request({}, NO_DEFAULTS).compresses
+    assert not resolve_request({"kv_budget": 8, "kv_policy": "full"}, NO_DEFAULTS).compresses
+    assert resolve_request({"kv_budget": 8}, NO_DEFAULTS).calibrates
+    for plain in ({"kv_calibration": False}, {"kv_calibration_size": 0}):
+        settings = resolve_request({"kv_budget": 8, **plain}, NO_DEFAULTS)
+        assert settings.compresses
+        assert not settings.calibrates
+
+
+def test_frozen() -> None:
+    with pytest.raises(ValidationError):
+        resolve_request({}, NO_DEFAULTS).kv_budget = 3  # type: ignore[misc]
+
+
+def test_names_that_are_not_ours_pass() -> None:
+    raw = {"kv_transfer_params": {"a": 1}, "kv_cache_report_mode": 1, "session_id": "x", "kv_budget": 8}
+    assert resolve_request(raw, NO_DEFAULTS).kv_budget == 8
+    assert not is_ours("kv_transfer_params")
+    assert is_ours("kv_anything_new")
+
+
+# The server's side
+
+
+def server(**given: Any) -> ServerSettings:
+    return ServerSettings.from_additional_config({"calidrop": given})
+
+
+@pytest.mark.parametrize("additional", [{}, {"other": 1}, {"calidrop": {}}, {"calidrop": None}, None, object()])
+def test_nothing_given(additional: Any) -> None:
+    assert ServerSettings.from_additional_config(additional) == ServerSettings()
+
+
+def test_each_field_falls_back_alone() -> None:
+    defaults = server(kv_budget=128, kv_theta1=0.2, swap_bytes=1 << 40)
+    assert defaults.swap_bytes == 1 << 40
+    settings = resolve_request({"kv_theta2": 0.3}, defaults)
+    assert (settings.kv_budget, settings.kv_theta1, settings.kv_theta2) == (128, 0.2, 0.3)
+    assert settings.kv_window == 32
+    assert resolve_request({"kv_budget": 10}, defaults).kv_window == 5
+    assert resolve_request({"kv_budget": None}, defaults).kv_budget is None, (
+        "null asks for full KV, also against a default"
+    )
+
+
+def test_checks_run_on_the_merged_record_and_blame_what_the_request_gave() -> None:
+    with pytest.raises(SettingsError, match="kv_window") as refusal:
+        resolve_request({"kv_budget": 32}, server(kv_budget=128, kv_window=64))
+    assert refusal.value.field == "kv_budget"
+    with pytest.raises(SettingsError, match="kv_theta1") as refusal:
+        resolve_request({"kv_theta2": 0.5}, server(kv_theta1=0.6))
+    assert refusal.value.field == "kv_theta2"
+
+
+@pytest.mark.parametrize(
+    ("given_", "name"),
+    [
+        ({"kv_budgt": 1}, "kv_budgt"),
+        ({"request_defaults": {}}, "request_defaults"),
+        ({"swap_bytes": -1}, "swap_bytes"),
+        ({"swap_bytes": True}, "swap_bytes"),
+        ({"swap_bytes": "4GiB"}, "swap_bytes"),
+        ({"kv_budget": 0}, "kv_budget"),
+        ({"kv_theta1": 2}, "kv_theta1"),
+        ({"kv_budget": 8, "kv_window": 16}, "kv_window"),
+    ],
+)
+def test_bad_server_settings_stop_the_start_by_name(given_: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        server(**given_)
+
+
+@pytest.mark.parametrize("value", [3, "x", [1]])
+def test_server_settings_must_be_an_object(value: Any) -> None:
+    with pytest.raises(ValueError, match="calidrop"):
+        ServerSettings.from_additional_config({"calidrop": value})
+
+
+def test_server_settings_travel_to_other_processes() -> None:
+    defaults = server(kv_budget=64, swap_bytes=0)
+    assert pickle.loads(pickle.dumps(defaults)) == defaults
