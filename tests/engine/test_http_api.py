@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -294,6 +296,36 @@ def test_openai_client_streams(client: openai.OpenAI, model: str) -> None:
     last = list(stream)[-1]
     assert last.model_extra is not None
     assert_reports(last.model_extra["calidrop"], [last.model_extra["calidrop"][0]["prompt_tokens"]])
+
+
+def test_aborted_by_the_server(http: httpx.Client, model: str) -> None:
+    def abort(name: str) -> httpx.Response:
+        return http.post("/inference/v1/abort_requests", json={"request_ids": [f"cmpl-{name}-0"]})
+
+    if abort("nobody").status_code != 200:
+        pytest.skip("this server does not offer the route")
+    body = body_of("completions", model=model, kv_budget=BUDGET, max_tokens=900)
+
+    headers = {"X-Request-Id": "streamed"}
+    with http.stream("POST", "/v1/completions", json=body | {"stream": True}, headers=headers) as response:
+        lines = (line.removeprefix("data: ") for line in response.iter_lines() if line)
+        next(lines)
+        abort("streamed")
+        last, done = list(lines)[-2:]
+    assert done == "[DONE]"
+    assert json.loads(last)["choices"][0]["finish_reason"] == "abort"
+    assert_reports(json.loads(last)["calidrop"], [len(LONG)])
+
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(http.post, "/v1/completions", json=body, headers={"X-Request-Id": "whole"})
+        while not answer.done():
+            time.sleep(0.2)
+            abort("whole")
+    aborted = answer.result().json()
+    assert aborted["choices"][0]["finish_reason"] == "abort"
+    # Null when the abort came before the engine's first answer.
+    if aborted["calidrop"] != [None]:
+        assert_reports(aborted["calidrop"], [len(LONG)])
 
 
 def test_server_still_serves_after_a_client_left(http: httpx.Client, model: str) -> None:
