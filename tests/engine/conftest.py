@@ -11,12 +11,12 @@ os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable, Iterator  # noqa: E402
+from collections.abc import Callable, Iterator
 
-import pytest  # noqa: E402
+import pytest
 
-from tests.engine.cases import MODEL, CachedReference  # noqa: E402
-from tests.engine.harness import Engine  # noqa: E402
+from tests.engine.cases import MODEL, CachedReference
+from tests.engine.harness import Engine
 
 # The engines CI shares, by name. Contexts go to 1,000 tokens; the model has 1,152 positions.
 ENGINES = {
@@ -25,7 +25,12 @@ ENGINES = {
     "block128-chunk64": {"block_size": 128, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 512},
     "stock": {"backend": None, "block_size": 32, "max_num_batched_tokens": 4096},
     # 1,000 tokens are 32 blocks: one uncompressed prompt and some compressed ones, no two uncompressed.
-    "small-pool": {"block_size": 32, "max_num_batched_tokens": 256, "num_gpu_blocks_override": 61},
+    "small-pool": {
+        "block_size": 32,
+        "max_num_batched_tokens": 256,
+        "num_gpu_blocks_override": 61,
+        "additional_config": {"calidrop": {"swap_bytes": 256 * 2**20}},
+    },
 }
 
 

@@ -28,7 +28,7 @@ class Ask:
 
 @dataclass
 class Answer:
-    """kept: per layer int64 [KV heads, budget], of the last compaction. preempted_at: outputs known at each preemption."""
+    """kept: per layer int64 [KV heads, budget], last compaction. preempted_at: outputs known at each preemption."""
 
     tokens: list[int]
     report: dict[str, Any] | None
@@ -155,33 +155,52 @@ def too_close(result: Result) -> bool:
 
 
 def difference(ask: Ask, answer: Answer, expected: Result) -> str | None:
-    """What differs between engine and reference: tokens, kept sets, counts per layer. None if nothing."""
+    """What differs between engine and reference in tokens or in counts per layer. None if nothing."""
     if answer.tokens != expected.tokens:
         return f"tokens {answer.tokens} != {expected.tokens}"
     report = answer.report
     assert report is not None
     if (report["kept"], report["evicted"]) != (expected.kept_count, expected.evicted_count):
         return f"counts {report} != {expected.kept_count}, {expected.evicted_count}"
-    if expected.evicted_count == 0:
-        return None
-    for layer, (kept, wanted) in enumerate(zip(answer.kept, expected.kept, strict=True)):
-        if kept.tolist() != wanted.tolist():
-            return f"kept sets of layer {layer}"
-    for name in ("recomputes", "merges", "plain", "group_reads"):
-        if report["layers"][name] != getattr(expected, name):
-            return f"{name} {report['layers'][name]} != {getattr(expected, name)}"
+    if expected.evicted_count:
+        for name in ("recomputes", "merges", "plain", "group_reads"):
+            if report["layers"][name] != getattr(expected, name):
+                return f"{name} {report['layers'][name]} != {getattr(expected, name)}"
     return None
 
 
+def misplaced(answer: Answer, expected: Result) -> int:
+    """Largest number of tokens, over layers and KV heads, that the reference keeps and the engine does not."""
+    if not expected.evicted_count:
+        return 0
+    assert len(answer.kept) == len(expected.kept)
+    return max(
+        len(set(wanted.tolist()) - set(kept.tolist()))
+        for kept_layer, wanted_layer in zip(answer.kept, expected.kept, strict=True)
+        for kept, wanted in zip(kept_layer, wanted_layer, strict=True)
+    )
+
+
+# Sharp attention gives H2O tied scores (tokens only they themselves attend to): which of them stay is rounding's choice.
+TIED_TOKENS = 4
+
+
 def assert_equal_to_reference(asks: Sequence[Ask], answers: Sequence[Answer], expected: Sequence[Result]) -> None:
-    """Every answer equals the reference, but for those it calls too close: they are listed, and at most 2 %."""
-    excepted, wrong = [], []
+    """Every answer equals the reference: tokens, counts per layer, kept sets.
+
+    But for prompts it calls too close, which are listed: at most 2 % differ in tokens or counts; kept sets may differ,
+    with the same answer, by a few tokens where the reference's own scores are tied.
+    """
+    excepted, ties, wrong = [], [], []
     for index, (ask, answer, result) in enumerate(zip(asks, answers, expected, strict=True)):
-        what = difference(ask, answer, result)
+        what, moved = difference(ask, answer, result), misplaced(answer, result)
+        shown = what or f"{moved} kept tokens"
+        label = f"#{index} prompt {len(ask.prompt)} {ask.settings}: {shown} ({result.margins})"
         if what is not None:
-            label = f"#{index} prompt {len(ask.prompt)} {ask.settings}: {what} (margins {result.margins})"
             (excepted if too_close(result) else wrong).append(label)
+        elif moved:
+            (ties if moved <= TIED_TOKENS and result.margins.score < SCORE_MARGIN else wrong).append(label)
     assert not wrong, "\n".join(wrong)
-    if excepted:
-        print("excepted, the reference was too close to another outcome:", *excepted, sep="\n  ")
+    if excepted or ties:
+        print("the reference was too close to another outcome:", *excepted, *ties, sep="\n  ")
     assert len(excepted) <= max(1, EXCEPTED_SHARE * len(asks)), excepted

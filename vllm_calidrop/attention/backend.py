@@ -14,7 +14,6 @@ from vllm_calidrop.cache import spec as cache_spec
 from vllm_calidrop.selection import BACKEND_NAME
 from vllm_calidrop.support import refuse_platform
 
-
 refuse_platform()
 cache_spec.register()
 

@@ -34,7 +34,7 @@ class CaliDropImpl(CPUAttentionBackendImpl):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        """query, output: [tokens, Hq, D]; kv_cache: [blocks, H, block_size, 2 * D]. The new K and V are in it already."""
+        """query, output: [tokens, Hq, D]; kv_cache: [blocks, H, block_size, 2 * D], new K and V already in it."""
         if attn_metadata is None:
             return output
         self._stock(layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale)

@@ -10,7 +10,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 @dataclass(frozen=True, kw_only=True)
 class CaliDropSpec(FullAttentionSpec):
-    """Full attention whose prompt may be compacted. Same pages and sizes; no fields of its own (merge would drop them)."""
+    """Full attention whose prompt may be compacted. Same pages; no fields of its own (merge would drop them)."""
 
 
 def customize_spec(spec: AttentionSpec) -> AttentionSpec:

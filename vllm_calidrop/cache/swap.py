@@ -9,7 +9,7 @@ from vllm_calidrop.cache.layout import PAGE_TOKENS, SWAP_BLOCK_TOKENS
 
 
 class SwapLedger:
-    """Free list of swap block ids. An id stands for SWAP_BLOCK_TOKENS tokens of every layer and KV head, on all ranks."""
+    """Free list of swap block ids. An id is SWAP_BLOCK_TOKENS tokens of every layer and KV head, on all ranks."""
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -33,8 +33,8 @@ class SwapLedger:
 class SwapPool:
     """Evicted KV of one worker.
 
-    pages: [layers, num_blocks, KV heads, pages per block, 2 (K, V), PAGE_TOKENS, head_dim] in the cache's dtype, so that
-    a page of a KV head is one contiguous run. Evicted tokens of a head lie in position order; every head has its own.
+    pages: [layers, num_blocks, KV heads, pages per block, 2 (K, V), PAGE_TOKENS, head_dim] in the cache's dtype, so
+    that a page of a KV head is one contiguous run. Evicted tokens of a head lie in position order; each has its own.
     Memory is reserved once and becomes resident when first written.
     """
 
