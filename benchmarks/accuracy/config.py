@@ -1,0 +1,90 @@
+"""What a run is: one TOML file, validated; unknown names are errors."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Policy = Literal["streaming_llm", "h2o", "snapkv"]
+Gate = Literal["group", "head", "group_mean"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Server(_Strict):
+    """The server this command starts where no base URL is given; `tokenizer` defaults to the model."""
+
+    model: str
+    tokenizer: str | None = None
+    args: list[str] = []
+    env: dict[str, str] = {}
+    start_timeout: float = 600
+
+
+class Client(_Strict):
+    mode: Literal["completion", "chat"] = "completion"
+    # Chat mode: where a task's answer prefix goes. `assistant` needs vLLM's continue_final_message.
+    answer_prefix: Literal["user", "assistant"] = "user"
+    concurrency: int = Field(default=8, ge=1)
+    retries: int = Field(default=6, ge=0)
+    timeout: float = Field(default=600, gt=0)
+    temperature: float = 0
+    extra_body: dict[str, Any] = {}
+
+
+class Tasks(_Strict):
+    """One suite of tasks; `options` are the suite's own (see its module)."""
+
+    suite: Literal["small", "ruler", "niah", "longbench"]
+    names: list[str] = []
+    lengths: list[int] = []
+    count: int = Field(default=100, ge=1)
+    seed: int = 0
+    options: dict[str, Any] = {}
+
+
+class Sweep(_Strict):
+    """The cells: full KV, and for every policy, budget (and gate, and calibration size) the evicted-only row and
+    one row per pair of thresholds; `reuse_off`: values of theta1 also run with theta2 = 2 (nothing stored is used).
+    """
+
+    full: bool = True
+    policies: list[Policy] = ["streaming_llm", "h2o", "snapkv"]
+    budgets: list[int] = [64]
+    evicted_only: bool = True
+    thresholds: list[tuple[float, float]] = [(0.7, 0.85)]
+    reuse_off: list[float] = []
+    gates: list[Gate] = ["group"]
+    calibration_sizes: list[int | Literal["all"]] = ["all"]
+    extra: dict[str, Any] = {}
+
+
+class Config(_Strict):
+    name: str
+    title: str = ""
+    seed: int = 0
+    max_minutes: float | None = None
+    bootstrap: int = Field(default=2000, ge=100)
+    # Of the served model; read from its config.json where that can be found.
+    kv_heads: int | None = None
+    layout: Literal["policies", "thresholds"] = "policies"
+    server: Server | None = None
+    client: Client = Client()
+    tasks: list[Tasks]
+    sweep: Sweep = Sweep()
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> Config:
+        if not self.tasks:
+            raise ValueError("tasks: at least one suite is needed")
+        return self
+
+
+def load(path: Path) -> Config:
+    with path.open("rb") as file:
+        return Config.model_validate(tomllib.load(file))
