@@ -73,7 +73,8 @@ def size_swap_pool(vllm_config: Any, kv_cache_config: Any) -> int:
     if swap > free_host:
         raise ValueError(
             f"calidrop: swap_bytes ({swap / GIB:.2f} GiB per rank) is more than the free host memory "
-            f'({free_host / GIB:.2f} GiB per rank); set it in --additional-config \'{{"calidrop": {{"swap_bytes": ...}}}}\''
+            f"({free_host / GIB:.2f} GiB per rank); set it with "
+            '--additional-config \'{"calidrop": {"swap_bytes": ...}}\''
         )
     blocks = int(swap // swap_block_bytes(shape))
     ours = footprint(shape, _num_slots(vllm_config), settings)

@@ -46,7 +46,7 @@ def footprint(shape: ModelShape, num_slots: int, settings: ServerSettings) -> Fo
     """State table, stashes of prompts in prefill (bounded by a setting), and the scratch of the largest compaction."""
     slot = StateTable.slot_bytes(shape.num_layers, shape.num_query_heads, shape.head_dim, shape.dtype)
     tokens, item = shape.max_model_len, shape.dtype.itemsize
-    # K and V of the whole prompt as read, again as fp32, the evicted and kept copies, and the padded run for the swap pool.
+    # K and V of the whole prompt as read, again in fp32, the evicted and kept copies, the padded run for the pool.
     kv = shape.num_kv_heads * tokens * 2 * shape.head_dim * (3 * item + 4)
     # Logits and their softmax for one tile of queries.
     scores = 2 * shape.num_query_heads * max(shape.max_window, QUERY_TILE) * tokens * 4

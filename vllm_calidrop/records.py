@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 # The attribute under which a StepRecords travels on vLLM's SchedulerOutput, and counters on its ModelRunnerOutput.
 RECORDS_ATTRIBUTE = "calidrop"
 COUNTERS_ATTRIBUTE = "calidrop_counters"
@@ -55,10 +57,10 @@ class StepRecords:
 
 @dataclass
 class SequenceCounters:
-    """Counters of one sequence since its admission, summed over tensor-parallel ranks. counts: [layers][COUNTERS]."""
+    """Counters of one sequence since its admission, summed over ranks. counts: int64 [layers, COUNTERS]."""
 
     admission: int
-    counts: list[list[int]]
+    counts: np.ndarray
 
 
 def records_of(scheduler_output: Any) -> StepRecords | None:

@@ -1,4 +1,4 @@
-"""The worker's side of a sequence's life: its record, by request id and, for the decode path, as arrays by state slot."""
+"""The worker's side of a sequence's life: its record, by request id and, for decode, as arrays by state slot."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from vllm_calidrop.records import SequenceRecord, StepRecords
 class Sequence:
     """A sequence that will be, or has been, compacted.
 
-    window_queries: per layer the queries seen so far of the last `window` prompt positions, [window, Hq, D]; exists only
-    if a chunk ended inside that window. column_sums: per layer H2O's sums, float32 [H, P]; exists only in prefill.
+    window_queries: per layer the queries seen so far of the last `window` prompt positions, [window, Hq, D].
+    column_sums: per layer H2O's sums, float32 [H, P]; exists only in prefill.
     """
 
     record: SequenceRecord

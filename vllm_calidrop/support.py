@@ -36,9 +36,8 @@ def refuse_config(vllm_config: Any) -> None:
             reasons.append(f"models that do not generate (runner {model.runner_type})")
         if model.is_encoder_decoder:
             reasons.append("encoder-decoder models")
-        if getattr(model.hf_text_config, "sliding_window", None) and not model.disable_sliding_window:
-            if getattr(model.hf_text_config, "use_sliding_window", True):
-                reasons.append("sliding-window attention (try --disable-sliding-window)")
+        if model.get_sliding_window() is not None:
+            reasons.append("sliding-window attention (try --disable-sliding-window)")
     if reasons:
         raise UnsupportedError(reasons)
 

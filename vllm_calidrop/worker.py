@@ -46,14 +46,14 @@ class CaliDropWorker:
         self._step_ids = [request_id for request_id in scheduled_ids if self.sequences.get(request_id) is not None]
 
     def request_ids(self, common_attn_metadata: Any) -> list[str]:
-        """Request of every row of the batch. Model runner V2 says so in the metadata, V1 keeps it in its input batch."""
+        """Request of every row. Model runner V2 says so in the metadata, V1 keeps it in its input batch."""
         if common_attn_metadata.req_idx is not None:
             index_to_id = self.runner.req_states.index_to_req_id
             return [index_to_id[index] for index in common_attn_metadata.req_idx.tolist()]
         return list(self.runner.input_batch.req_ids[: common_attn_metadata.num_reqs])
 
     def step_counts(self) -> tuple[list[tuple[str, int]], Tensor]:
-        """Counters of the step's compacted sequences: (request id, admission) and int64 [n, layers, COUNTERS], a copy."""
+        """Counters of the step's sequences: (request id, admission), and int64 [n, layers, COUNTERS], a copy."""
         records = [sequence.record for i in self._step_ids if (sequence := self.sequences.get(i)) is not None]
         counts = self.table.counts[[record.slot for record in records]]
         return [(record.request_id, record.admission) for record in records], counts
@@ -62,7 +62,7 @@ class CaliDropWorker:
 def counters_of(owners: list[tuple[str, int]], counts: Tensor) -> dict[str, SequenceCounters]:
     return {
         request_id: SequenceCounters(admission, rows)
-        for (request_id, admission), rows in zip(owners, counts.tolist(), strict=True)
+        for (request_id, admission), rows in zip(owners, counts.numpy(), strict=True)
     }
 
 

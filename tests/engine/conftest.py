@@ -11,7 +11,13 @@ os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import signal
+import socket
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -52,3 +58,48 @@ def engine_named() -> Iterator[Callable[[str], Engine]]:
 @pytest.fixture(scope="session")
 def reference() -> CachedReference:
     return CachedReference()
+
+
+SERVER_START_SECONDS = 300
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The base URL of `vllm serve MODEL --attention-backend calidrop` as a user starts it: own processes, compiled.
+
+    `--enable-scale-out` adds vLLM's token and abort routes. Stopped with Ctrl-C, which must end it cleanly.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", MODEL, "--attention-backend", "calidrop"]
+    port = _free_port()
+    command += ["--block-size", "32", "--host", "127.0.0.1", "--port", str(port), "--enable-scale-out"]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, env=environment | {"VLLM_LOGGING_LEVEL": "INFO"}, stdout=output, stderr=subprocess.STDOUT
+        )
+    try:
+        _wait_until_it_serves(process, log)
+        yield f"http://127.0.0.1:{port}"
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+        assert process.returncode == 0, log.read_text()[-4000:]
+    finally:
+        process.kill()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_until_it_serves(process: subprocess.Popen[bytes], log: Path) -> None:
+    pause = threading.Event()
+    for _ in range(2 * SERVER_START_SECONDS):
+        text = log.read_text()
+        if "Application startup complete" in text:
+            return
+        assert process.poll() is None, text[-4000:]
+        pause.wait(0.5)
+    raise AssertionError(f"no server after {SERVER_START_SECONDS} s:\n{log.read_text()[-4000:]}")

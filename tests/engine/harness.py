@@ -202,5 +202,5 @@ def assert_equal_to_reference(asks: Sequence[Ask], answers: Sequence[Answer], ex
             (ties if moved <= TIED_TOKENS and result.margins.score < SCORE_MARGIN else wrong).append(label)
     assert not wrong, "\n".join(wrong)
     if excepted or ties:
-        print("the reference was too close to another outcome:", *excepted, *ties, sep="\n  ")
+        print("the reference was too close:", *excepted, *ties, sep="\n  ")
     assert len(excepted) <= max(1, EXCEPTED_SHARE * len(asks)), excepted

@@ -21,7 +21,7 @@ cache_spec.register()
 class CaliDropBackend(CPUAttentionBackend):
     """vLLM's CPU backend with compacted prompts. What it does not support is said here and in `support.py`."""
 
-    supported_kv_cache_dtypes: ClassVar[list] = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
 
     @staticmethod
     def get_name() -> str:

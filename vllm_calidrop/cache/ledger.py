@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from vllm_calidrop.cache.layout import cacheable_hit, first_kept_block, swap_blocks_for, view_start
 from vllm_calidrop.cache.swap import SwapLedger
@@ -43,12 +45,19 @@ class Report:
     mode: str
     reason: str | None
     stored: int
-    totals: list[list[int]] = field(default_factory=list)
+    earlier: np.ndarray | None = None
     current: SequenceCounters | None = None
 
-    def as_dict(self, shape: Shape) -> dict[str, Any]:
-        per_layer = _add(self.totals, self.current.counts if self.current else [])
-        sums = [sum(layer[column] for layer in per_layer) for column in range(len(COUNTERS))]
+    @property
+    def counts(self) -> np.ndarray | None:
+        """int64 [layers, COUNTERS] over all lives of the request; None if it was never compacted."""
+        if self.current is None:
+            return self.earlier
+        return self.current.counts if self.earlier is None else self.current.counts + self.earlier
+
+    def as_dict(self, shape: Shape, with_layers: bool) -> dict[str, Any]:
+        counts = self.counts
+        sums = counts.sum(0).tolist() if counts is not None else [0] * len(COUNTERS)
         report: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
             "kept": self.kept,
@@ -58,7 +67,8 @@ class Report:
         }
         report.update(zip(COUNTERS, sums, strict=True))
         report["bytes_read"] = report["group_reads"] * self.stored * shape.kv_bytes_per_token
-        report["layers"] = {name: [layer[column] for layer in per_layer] for column, name in enumerate(COUNTERS)}
+        if with_layers and counts is not None:
+            report["layers"] = dict(zip(COUNTERS, counts.T.tolist(), strict=True))
         return report
 
 
@@ -145,7 +155,7 @@ class Ledger:
         record, report = self._decide(request)
         earlier = self._reports.get(request.request_id)
         if earlier is not None:
-            report.totals = _add(earlier.totals, earlier.current.counts if earlier.current else [])
+            report.earlier = earlier.counts
         self._reports[request.request_id] = report
         self._admitted[request.request_id] = _Admitted(request, record)
 
@@ -216,9 +226,10 @@ class Ledger:
             if report and admitted and admitted.record and admitted.record.admission == counted.admission:
                 report.current = counted
 
-    def report(self, request_id: str) -> dict[str, Any] | None:
+    def report(self, request_id: str, finished: bool) -> dict[str, Any] | None:
+        """The report so far; with the counters of every layer once the request is finished."""
         report = self._reports.get(request_id)
-        return report.as_dict(self.shape) if report else None
+        return report.as_dict(self.shape, with_layers=finished) if report else None
 
     def forget_reports(self, alive: Any) -> None:
         """Drop reports of requests vLLM no longer knows (`alive`: a container of request ids)."""
@@ -319,9 +330,3 @@ def _kept_whole(prompt_len: int, reason: str) -> Report:
 def _in_prefill(admitted: _Admitted) -> bool:
     assert admitted.record is not None
     return admitted.request.num_computed_tokens < admitted.record.compaction_point
-
-
-def _add(a: list[list[int]], b: list[list[int]]) -> list[list[int]]:
-    if not a or not b:
-        return a or b
-    return [[x + y for x, y in zip(row_a, row_b, strict=True)] for row_a, row_b in zip(a, b, strict=True)]

@@ -1,7 +1,7 @@
 """vLLM gives all memory it finds to the KV pool; ours must be left over.
 
-`determine_available_memory` is wrapped on both workers (the CPU one overrides it). vLLM's own profile run never sees our
-buffers: they are made afterwards, and untouched pages are not resident.
+`determine_available_memory` is wrapped on both workers (the CPU one overrides it). vLLM's own profile run never sees
+our buffers: they are made afterwards, and untouched pages are not resident.
 """
 
 from __future__ import annotations

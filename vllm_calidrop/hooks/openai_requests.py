@@ -63,8 +63,11 @@ def _checking_first(original: Callable[..., Any]) -> Callable[..., Any]:
             return await original(self, request, raw_request)
         asked = asked_names(request, await _json_body(raw_request))
         settings = settings_or_400(asked, server)
-        if getattr(request, "use_beam_search", False) and settings.compresses:
-            raise bad_request("kv_budget is not supported with beam search", "kv_budget", settings.kv_budget)
+        if getattr(request, "use_beam_search", False):
+            # The beams' own requests cannot carry an explicit null, so a server default would reach them.
+            for chosen in (settings, settings_or_400({}, server)):
+                if chosen.compresses:
+                    raise bad_request("kv_budget is not supported with beam search", "kv_budget", chosen.kv_budget)
         token = _asked.set(asked)
         try:
             return await original(self, request, raw_request)

@@ -9,7 +9,7 @@ from vllm_calidrop.policies.base import Policy, ScoreInputs
 
 
 class SnapKV(Policy):
-    """Settings of the CaliDrop paper, section 4.1.3: window 32, average pooling with kernel 5 (zero padding counted)."""
+    """Settings of the CaliDrop paper, section 4.1.3: window 32, average pool with kernel 5 (zero padding counted)."""
 
     name = "snapkv"
     needs_window_queries = True

@@ -80,7 +80,7 @@ class PackedCache:
     def read(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """K and V [N, H, columns * block_size, D] of block tables `blocks` [N, columns] (integer)."""
         regions = self._regions[blocks.long()]
-        return tuple(  # type: ignore[return-value]
+        return tuple(
             regions[..., offsets.flatten()]
             .unflatten(-1, (self.block_size, self.head_dim))
             .transpose(1, 2)
