@@ -64,7 +64,7 @@ def export(model: Llama, directory: Path) -> None:
         eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id, do_sample=False
     )
     hugging.save_pretrained(directory)
-    tokenizer.build(model.shape.positions).save_pretrained(directory)
+    tokenizer.build(model.shape.positions).save_pretrained(directory, save_jinja_files=False)
 
     written = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     rounded = Llama(model.shape)

@@ -41,4 +41,4 @@ def build(max_length: int = 1152) -> PreTrainedTokenizerFast:
 
 
 if __name__ == "__main__":
-    build().save_pretrained(sys.argv[1])
+    build().save_pretrained(sys.argv[1], save_jinja_files=False)
