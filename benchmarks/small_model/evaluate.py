@@ -35,12 +35,9 @@ def exact_match(
         prompts = tokenizer([s.prompt for s in part], return_tensors="pt")
         answers = tokenizer([s.answer for s in part]).input_ids
         longest = max(map(len, answers))
-        out = model.generate(**prompts, max_new_tokens=longest, do_sample=False)[
-            :, prompts.input_ids.shape[1] :
-        ]
-        right += sum(
-            row[: len(answer)].tolist() == answer for row, answer in zip(out, answers, strict=True)
-        )  # nothing follows `<end>`, which closes every answer
+        out = model.generate(**prompts, max_new_tokens=longest, do_sample=False)
+        for row, answer in zip(out[:, prompts.input_ids.shape[1] :].tolist(), answers, strict=True):
+            right += row[: len(answer)] == answer  # an answer is closed by `<end>`: nothing of it follows
     return right / len(samples)
 
 
@@ -89,11 +86,8 @@ def main() -> None:
 
     start = time.time()
     figures: dict[str, Any] = {"exact_match": {}, "query_cosine": {}}
-    print(
-        f"{'tokens':18}"
-        + "".join(f"{n:>8}" for n in args.tokens)
-        + "   query cosine by layer, longest prompts"
-    )
+    head = "".join(f"{n:>8}" for n in args.tokens)
+    print(f"{'tokens':18}{head}   query cosine by layer, longest prompts")
     for task in args.tasks:
         scores = {}
         for n in args.tokens:

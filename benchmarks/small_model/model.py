@@ -75,12 +75,16 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
+    cos: Tensor
+    sin: Tensor
+    layers: list[Layer]
+
     def __init__(self, shape: Shape, seed: int = 0) -> None:
         super().__init__()
         self.shape = shape
         self.embed = nn.Parameter(torch.empty(shape.vocab, shape.hidden))
         self.norm = nn.Parameter(torch.ones(shape.hidden))
-        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
+        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))  # type: ignore[assignment]
         angle = torch.arange(shape.positions).float()[:, None, None] * rope_frequencies(shape)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
