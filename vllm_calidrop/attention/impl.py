@@ -73,10 +73,12 @@ class CaliDropImpl(CPUAttentionBackendImpl):
             chunk = query[row.first_token : row.first_token + row.length]
             observe_chunk(row, index, chunk, cache, self.scale)
             if row.completes:
-                selection = compact(row, index, chunk[-1], cache, worker.pool, worker.table, self.scale)
+                selection = compact(row, index, chunk[-1], cache, worker.pool, worker.table, worker.recall, self.scale)
                 if worker.on_compaction is not None:
                     worker.on_compaction(row.sequence.record, index, selection)
         rows = metadata.decode
         if rows is not None:
-            attended = decode(rows, index, query[rows.tokens], cache, worker.pool, worker.table, self.scale)
+            attended = decode(
+                rows, index, query[rows.tokens], cache, worker.pool, worker.table, worker.recall, self.scale
+            )
             output[rows.tokens] = attended.to(output.dtype)

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from vllm_calidrop.attention.metadata import DecodeRows
 from vllm_calidrop.attention.ops.packed import PackedCache
+from vllm_calidrop.attention.ops.recall import recall_pages
 from vllm_calidrop.cache.layout import SWAP_BLOCK_TOKENS
 from vllm_calidrop.cache.swap import SwapPool
 from vllm_calidrop.calibration import AttentionState, attention_state, cosine, decide, merge_states
+from vllm_calidrop.recall.store import RecallStore
 from vllm_calidrop.state_table import StateTable
 
 # Pairs of (sequence, KV head) are recomputed in groups of at most this many tokens, which bounds the copies.
@@ -23,9 +25,10 @@ def decode(
     cache: PackedCache,
     pool: SwapPool,
     table: StateTable,
+    store: RecallStore,
     scale: float,
 ) -> Tensor:
-    """Algorithm 2 for all rows of one layer. queries: [N, Hq, D]; returns float32 [N, Hq, D]."""
+    """Algorithm 2, or recall by pages, for all rows of one layer. queries: [N, Hq, D]; returns float32 [N, Hq, D]."""
     num_rows, num_heads, head_dim = queries.shape
     grouped = queries.view(num_rows, cache.num_kv_heads, -1, head_dim)
     keys, values = cache.read(rows.blocks)
@@ -34,6 +37,10 @@ def decode(
         mine = rows.calibrated
         kept = AttentionState(state.out[mine], state.lse[mine])
         state.out[mine] = _calibrate(rows, layer, grouped[mine], kept, pool, table, scale)
+    if rows.recalled is not None:
+        mine = rows.recalled.rows
+        kept = AttentionState(state.out[mine], state.lse[mine])
+        state.out[mine] = recall_pages(rows.recalled, layer, grouped[mine], kept, pool, table, store, scale)
     return state.out.reshape(num_rows, num_heads, head_dim)
 
 
