@@ -9,7 +9,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from vllm_calidrop.attention.compaction import compact, observe_chunk
 from vllm_calidrop.attention.metadata import CaliDropMetadata
-from vllm_calidrop.attention.ops.cpu import decode
+from vllm_calidrop.attention.ops.decode import decode_op
 from vllm_calidrop.attention.ops.packed import PackedCache
 from vllm_calidrop.support import refuse_layer
 from vllm_calidrop.worker import CaliDropWorker, active_worker
@@ -21,6 +21,7 @@ class CaliDropImpl(CPUAttentionBackendImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         refuse_layer(self)
+        self._decode = decode_op()
 
     def forward(
         self,
@@ -78,5 +79,5 @@ class CaliDropImpl(CPUAttentionBackendImpl):
                     worker.on_compaction(row.sequence.record, index, selection)
         rows = metadata.decode
         if rows is not None:
-            attended = decode(rows, index, query[rows.tokens], cache, worker.pool, worker.table, self.scale)
+            attended = self._decode(rows, index, query[rows.tokens], cache, worker.pool, worker.table, self.scale)
             output[rows.tokens] = attended.to(output.dtype)
