@@ -21,7 +21,7 @@ struct Tile {
 };
 
 constexpr int kChunkTokens = 512;  // tokens whose logits are held at once
-constexpr int kHeads = 4;          // query heads that share one pass over the registers
+constexpr int kAhead = 2;          // tiles whose keys are fetched before they are needed
 
 // Logits of 16 * V tokens for H heads. query: [H, D].
 template <int H, int V, class T>
@@ -110,16 +110,17 @@ inline void tile_logits(const Tile<T>& tile, int width, int head_dim, const floa
     tile_logits_of<L, 1>(tile, width, head_dim, query + h * head_dim, out + h * stride, stride);
 }
 
-// out [H, D] += weights [H, tokens] V for 16 * V dimensions, over several tiles.
+// out [H, D] += weights [H, tokens] V for 16 * V dimensions from d on, over several tiles.
 template <int H, int V, class T>
-inline void plain_values(const Tile<T>* tiles, int count, int width, int head_dim, const float* weights, long stride,
-                         float* out) {
+inline void plain_values(const Tile<T>* tiles, int count, int width, int head_dim, int d, const float* weights,
+                         long stride, float* out) {
   Floats sums[H][V];
+  out += d;
   for (int h = 0; h < H; h++)
     for (int v = 0; v < V; v++) sums[h][v] = load(out + h * head_dim + v * kLanes);
   for (int i = 0; i < count; i++, weights += width)
     for (int t = tiles[i].first; t < tiles[i].last; t++) {
-      const T* row = tiles[i].values + long(t) * head_dim;
+      const T* row = tiles[i].values + long(t) * head_dim + d;
       Floats value[V];
       for (int v = 0; v < V; v++) value[v] = load(row + v * kLanes);
       for (int h = 0; h < H; h++)
@@ -130,15 +131,16 @@ inline void plain_values(const Tile<T>* tiles, int count, int width, int head_di
 }
 
 template <int H, int V>
-inline void paired_values(const Tile<bf16>* tiles, int count, int width, int head_dim, const float* weights,
+inline void paired_values(const Tile<bf16>* tiles, int count, int width, int head_dim, int d, const float* weights,
                           long stride, float* out) {
   Floats sums[H][V];
+  out += d;
   for (int h = 0; h < H; h++)
     for (int v = 0; v < V; v++) sums[h][v] = load(out + h * head_dim + v * kLanes);
   for (int i = 0; i < count; i++, weights += width) {
     const Tile<bf16>& tile = tiles[i];
     const auto line = [&](int t, int v) {
-      return load_as<Words>(tile.values + long(v) * kLanes * width + t / 2 * 2 * kLanes);
+      return load_as<Words>(tile.values + long(d + v * kLanes) * width + t / 2 * 2 * kLanes);
     };
     const auto alone = [&](int t) {  // one token whose neighbour in the pair is not attended
       for (int v = 0; v < V; v++) {
@@ -164,26 +166,21 @@ inline void paired_values(const Tile<bf16>* tiles, int count, int width, int hea
 }
 
 template <int L, int H, int V, class T>
-inline void values_of(std::vector<Tile<T>>& tiles, int width, int head_dim, const float* weights, long stride,
-                      float* out) {
+inline void values_of(const std::vector<Tile<T>>& tiles, int width, int head_dim, int d, const float* weights,
+                      long stride, float* out) {
   if constexpr (L == kValuePlain)
-    plain_values<H, V>(tiles.data(), int(tiles.size()), width, head_dim, weights, stride, out);
+    plain_values<H, V>(tiles.data(), int(tiles.size()), width, head_dim, d, weights, stride, out);
   else
-    paired_values<H, V>(tiles.data(), int(tiles.size()), width, head_dim, weights, stride, out);
+    paired_values<H, V>(tiles.data(), int(tiles.size()), width, head_dim, d, weights, stride, out);
 }
 
 template <int L, int H, class T>
-inline void add_values_of(std::vector<Tile<T>> tiles, int width, int head_dim, const float* weights, long stride,
-                          float* out) {
-  const long step = L == kValuePlain ? kLanes : long(kLanes) * width;  // elements from one 16 dimensions to the next
+inline void add_values_of(const std::vector<Tile<T>>& tiles, int width, int head_dim, const float* weights,
+                          long stride, float* out) {
   int d = 0;
-  const auto advance = [&](int vectors) {
-    for (auto& tile : tiles) tile.values += vectors * step;
-    d += vectors * kLanes;
-  };
-  for (; d + 4 * kLanes <= head_dim; advance(4)) values_of<L, H, 4>(tiles, width, head_dim, weights, stride, out + d);
-  for (; d + 2 * kLanes <= head_dim; advance(2)) values_of<L, H, 2>(tiles, width, head_dim, weights, stride, out + d);
-  for (; d < head_dim; advance(1)) values_of<L, H, 1>(tiles, width, head_dim, weights, stride, out + d);
+  for (; d + 4 * kLanes <= head_dim; d += 4 * kLanes) values_of<L, H, 4>(tiles, width, head_dim, d, weights, stride, out);
+  for (; d + 2 * kLanes <= head_dim; d += 2 * kLanes) values_of<L, H, 2>(tiles, width, head_dim, d, weights, stride, out);
+  for (; d < head_dim; d += kLanes) values_of<L, H, 1>(tiles, width, head_dim, d, weights, stride, out);
 }
 
 template <int L, class T>
@@ -198,20 +195,38 @@ inline void add_values(const std::vector<Tile<T>>& tiles, int width, int head_di
     add_values_of<L, 1>(tiles, width, head_dim, weights + h * stride, stride, out + h * head_dim);
 }
 
+// What an Attention works in; a thread keeps one and uses it again.
+template <class T>
+struct Workspace {
+  std::vector<float> weights, top, total;
+  std::vector<Tile<T>> tiles;
+};
+
 // Attention states of `heads` queries over what was added so far.
 template <class T>
 class Attention {
  public:
   // query: [heads, D] fp32; out: [heads, D], lse: [heads], complete after finish(). width: tokens of a tile.
-  Attention(const float* query, int heads, int head_dim, float scale, int width, float* out, float* lse)
-      : query_(query), heads_(heads), head_dim_(head_dim), scale_(scale), width_(width), out_(out), lse_(lse) {
+  Attention(Workspace<T>& space, const float* query, int heads, int head_dim, float scale, int width, float* out,
+            float* lse)
+      : query_(query),
+        heads_(heads),
+        head_dim_(head_dim),
+        scale_(scale),
+        width_(width),
+        out_(out),
+        lse_(lse),
+        weights_(space.weights),
+        top_(space.top),
+        total_(space.total),
+        tiles_(space.tiles) {
     per_chunk_ = std::max(1, kChunkTokens / width);
     stride_ = long(per_chunk_) * width;
-    weights_.resize(heads * stride_);
+    if (long(weights_.size()) < heads * stride_) weights_.resize(heads * stride_);
     top_.assign(heads, -kInf);
     total_.assign(heads, 0.0f);
+    tiles_.clear();
     std::fill(out, out + heads * head_dim, 0.0f);
-    tiles_.reserve(per_chunk_);
   }
 
   template <int K, int V>
@@ -234,11 +249,20 @@ class Attention {
   template <int K, int V>
   void flush() {
     if (tiles_.empty()) return;
-    for (size_t i = 0; i < tiles_.size(); i++)
+    for (size_t i = 0; i < tiles_.size(); i++) {
+      if (i + kAhead < tiles_.size()) prefetch(tiles_[i + kAhead].keys);
+      prefetch(tiles_[i].values);
       tile_logits<K>(tiles_[i], width_, head_dim_, query_, heads_, weights_.data() + i * width_, stride_);
+    }
     for (int h = 0; h < heads_; h++) softmax(h, weights_.data() + h * stride_);
     add_values<V>(tiles_, width_, head_dim_, weights_.data(), heads_, stride_, out_);
     tiles_.clear();
+  }
+
+  // The keys or values of a tile: the hardware does not foresee where the next tile lies.
+  void prefetch(const T* tile) {
+    const char* at = (const char*)tile;
+    for (const char* end = at + long(width_) * head_dim_ * sizeof(T); at < end; at += 64) __builtin_prefetch(at);
   }
 
   // Logits of the chunk become weights relative to the new maximum; what was summed before is rescaled to it.
@@ -279,8 +303,8 @@ class Attention {
   int width_, per_chunk_;
   long stride_;
   float *out_, *lse_;
-  std::vector<float> weights_, top_, total_;
-  std::vector<Tile<T>> tiles_;
+  std::vector<float>&weights_, &top_, &total_;
+  std::vector<Tile<T>>& tiles_;
 };
 
 }  // namespace calidrop

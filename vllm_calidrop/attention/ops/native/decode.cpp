@@ -48,6 +48,7 @@ extern "C" struct Arguments {
 namespace {
 
 // What one thread needs for one (row, KV head).
+template <class T>
 struct Scratch {
   explicit Scratch(const Arguments& a)
       : query(a.group * a.head_dim),
@@ -60,6 +61,7 @@ struct Scratch {
         merge(a.group) {}
   std::vector<float> query, asked, renewed, lse, renewed_lse, rho;
   std::vector<char> recompute, merge;
+  Workspace<T> space;
 };
 
 template <class T>
@@ -73,7 +75,8 @@ float cosine(const float* a, const T* b, int n) {
   return sum(ab) / std::max(norms, std::numeric_limits<float>::min());
 }
 
-void decide(Scratch& s, int group, float theta1, float theta2, int64_t gate) {
+template <class T>
+void decide(Scratch<T>& s, int group, float theta1, float theta2, int64_t gate) {
   float low = kInf, mean = 0;
   for (int h = 0; h < group; h++) low = std::min(low, s.rho[h]), mean += s.rho[h];
   mean /= group;
@@ -86,9 +89,9 @@ void decide(Scratch& s, int group, float theta1, float theta2, int64_t gate) {
 }
 
 template <class T, int K, int V>
-void attend_kept(const Arguments& a, int64_t row, int64_t kv_head, Scratch& s, float* out) {
+void attend_kept(const Arguments& a, int64_t row, int64_t kv_head, Scratch<T>& s, float* out) {
   const int width = int(a.block_size), head_dim = int(a.head_dim);
-  Attention<T> attention(s.query.data(), int(a.group), head_dim, float(a.scale), width, out, s.lse.data());
+  Attention<T> attention(s.space, s.query.data(), int(a.group), head_dim, float(a.scale), width, out, s.lse.data());
   const int32_t* blocks = a.blocks + row * a.blocks_stride;
   const int64_t start = a.start[row], end = a.end[row];
   for (int64_t column = start / width; column * width < end; column++) {
@@ -100,14 +103,14 @@ void attend_kept(const Arguments& a, int64_t row, int64_t kv_head, Scratch& s, f
   attention.template finish<K, V>();
 }
 
-// The states of `heads` queries over a KV head's evicted tokens, page by page where they lie.
+// The states of the first `heads` queries of s.asked over a KV head's evicted tokens, page by page where they lie.
 template <class T>
-void attend_evicted(const Arguments& a, int64_t index, int64_t kv_head, const float* query, int heads, float* out,
-                    float* lse) {
+void attend_evicted(const Arguments& a, int64_t index, int64_t kv_head, int heads, Scratch<T>& s) {
   const int head_dim = int(a.head_dim);
   const int64_t page_elements = 2 * kPageTokens * head_dim, stored = a.stored[index];
   const int64_t* blocks = a.swap_blocks + index * a.swap_stride;
-  Attention<T> attention(query, heads, head_dim, float(a.scale), kPageTokens, out, lse);
+  Attention<T> attention(s.space, s.asked.data(), heads, head_dim, float(a.scale), kPageTokens, s.renewed.data(),
+                         s.renewed_lse.data());
   for (int64_t first = 0; first < stored; first += kPageTokens) {
     const int64_t page = first / kPageTokens, block = blocks[page / a.pages_per_block];
     const T* keys = (const T*)a.pages +
@@ -119,14 +122,14 @@ void attend_evicted(const Arguments& a, int64_t index, int64_t kv_head, const fl
 }
 
 template <class T>
-void recompute(const Arguments& a, int64_t index, int64_t kv_head, const T* query, int64_t state, Scratch& s) {
+void recompute(const Arguments& a, int64_t index, int64_t kv_head, const T* query, int64_t state, Scratch<T>& s) {
   const int head_dim = int(a.head_dim), group = int(a.group);
   int asking = 0;
   for (int h = 0; h < group; h++)
     if (s.recompute[h])
       std::copy_n(s.query.data() + h * head_dim, head_dim, s.asked.data() + asking++ * head_dim);
   if (!asking) return;
-  attend_evicted<T>(a, index, kv_head, s.asked.data(), asking, s.renewed.data(), s.renewed_lse.data());
+  attend_evicted<T>(a, index, kv_head, asking, s);
   for (int h = 0, from = 0; h < group; h++)
     if (s.recompute[h]) {
       std::copy_n(query + h * head_dim, head_dim, (T*)a.state_query + (state + h) * head_dim);
@@ -135,7 +138,8 @@ void recompute(const Arguments& a, int64_t index, int64_t kv_head, const T* quer
     }
 }
 
-void count(const Arguments& a, int64_t slot, const Scratch& s) {
+template <class T>
+void count(const Arguments& a, int64_t slot, const Scratch<T>& s) {
   int64_t recomputes = 0, merges = 0;
   for (int h = 0; h < a.group; h++) recomputes += s.recompute[h], merges += s.merge[h];
   const int64_t add[kCounters] = {recomputes, merges, a.group - recomputes - merges, recomputes > 0};
@@ -154,7 +158,7 @@ void merge_into(float* out, float& lse, const float* other, float other_lse, int
 }
 
 template <class T>
-void calibrate(const Arguments& a, int64_t index, int64_t kv_head, const T* query, Scratch& s, float* out) {
+void calibrate(const Arguments& a, int64_t index, int64_t kv_head, const T* query, Scratch<T>& s, float* out) {
   const int head_dim = int(a.head_dim), group = int(a.group);
   const int64_t slot = a.slots[index], state = (slot * a.kv_heads + kv_head) * group;
   for (int h = 0; h < group; h++)
@@ -174,7 +178,7 @@ void decode(const Arguments& a) {
   for (int64_t i = 0; i < a.calibrated_rows; i++) index_of[a.calibrated[i]] = i;
 #pragma omp parallel num_threads(int(a.threads)) if (a.threads > 1 && pairs > 1)
   {
-    Scratch s(a);
+    Scratch<T> s(a);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t pair = 0; pair < pairs; pair++) {
       const int64_t row = pair / a.kv_heads, kv_head = pair % a.kv_heads;
