@@ -26,7 +26,6 @@ class ModelShape:
     head_dim: int
     dtype: torch.dtype
     max_model_len: int
-    max_window: int
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def footprint(shape: ModelShape, num_slots: int, settings: ServerSettings) -> Fo
     # K and V of the whole prompt as read, again in fp32, the evicted and kept copies, the padded run for the pool.
     kv = shape.num_kv_heads * tokens * 2 * shape.head_dim * (3 * item + 4)
     # Logits and their softmax for one tile of queries.
-    scores = 2 * shape.num_query_heads * max(shape.max_window, QUERY_TILE) * tokens * 4
+    scores = 2 * shape.num_query_heads * QUERY_TILE * tokens * 4
     return Footprint(num_slots * slot, settings.prefill_state_bytes, kv + scores)
 
 

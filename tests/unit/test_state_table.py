@@ -1,4 +1,4 @@
-"""The calibration state table: slots and layers keep to themselves, a new sequence starts from nothing, counts add up."""
+"""The calibration state table: slots and layers stay apart, a new sequence starts from nothing, counts add up."""
 
 from __future__ import annotations
 

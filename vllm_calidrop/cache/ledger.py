@@ -45,6 +45,7 @@ class Report:
     mode: str
     reason: str | None
     stored: int
+    earlier_bytes: int = 0
     earlier: np.ndarray | None = None
     current: SequenceCounters | None = None
 
@@ -54,6 +55,10 @@ class Report:
         if self.current is None:
             return self.earlier
         return self.current.counts if self.earlier is None else self.current.counts + self.earlier
+
+    def bytes_read(self, shape: Shape) -> int:
+        reads = int(self.current.counts[:, COUNTERS.index("group_reads")].sum()) if self.current is not None else 0
+        return self.earlier_bytes + reads * self.stored * shape.kv_bytes_per_token
 
     def as_dict(self, shape: Shape, with_layers: bool) -> dict[str, Any]:
         counts = self.counts
@@ -66,7 +71,7 @@ class Report:
             "reason": self.reason,
         }
         report.update(zip(COUNTERS, sums, strict=True))
-        report["bytes_read"] = report["group_reads"] * self.stored * shape.kv_bytes_per_token
+        report["bytes_read"] = self.bytes_read(shape)
         if with_layers and counts is not None:
             report["layers"] = dict(zip(COUNTERS, counts.T.tolist(), strict=True))
         return report
@@ -125,8 +130,8 @@ class Ledger:
         """Whether admitting `request` now could force a preemption later, while its prompt is still uncompressed.
 
         Headroom is kept for what other prompts in prefill have yet to allocate and for what decoding sequences will
-        grow by while this prompt is computed in chunks of `chunk` tokens. Without any budget in sight vLLM's own rule
-        stands alone.
+        grow by while this prompt is computed: in steps of at most `chunk` tokens, of which every sequence may take one
+        and older prompts come first. Without any budget in sight vLLM's own rule stands alone.
         """
         settings = settings_of(request)
         compresses = settings is not None and _wants_eviction(settings, request.num_prompt_tokens)
@@ -135,7 +140,10 @@ class Ledger:
             return False
         bs = self.shape.block_size
         headroom = 0
-        steps = -(-request.num_tokens // max(1, chunk))
+        to_compute = request.num_tokens + sum(
+            max(0, o.request.num_tokens - o.request.num_computed_tokens) for o in others
+        )
+        steps = -(-to_compute // max(1, chunk - len(others)))
         for other in others:
             missing = -(-other.request.num_tokens // bs) - held_blocks.get(other.request.request_id, 0)
             headroom += max(0, missing) + -(-steps // bs)
@@ -155,7 +163,7 @@ class Ledger:
         record, report = self._decide(request)
         earlier = self._reports.get(request.request_id)
         if earlier is not None:
-            report.earlier = earlier.counts
+            report.earlier, report.earlier_bytes = earlier.counts, earlier.bytes_read(self.shape)
         self._reports[request.request_id] = report
         self._admitted[request.request_id] = _Admitted(request, record)
 
