@@ -21,7 +21,7 @@ from vllm_calidrop.memory import (
     swap_block_bytes,
     swap_bytes_beside,
 )
-from vllm_calidrop.settings import RequestSettings, ServerSettings
+from vllm_calidrop.settings import ServerSettings
 from vllm_calidrop.support import refuse_groups
 from vllm_calidrop.worker import CaliDropWorker
 
@@ -159,7 +159,6 @@ def _shape_of_runner(worker: Any) -> ModelShape:
 
 def _shape(vllm_config: Any, spec: Any, num_layers: int) -> ModelShape:
     model = vllm_config.model_config
-    window = RequestSettings.from_record(_settings(vllm_config).request_defaults).kv_window
     return ModelShape(
         num_layers=num_layers,
         num_query_heads=model.get_num_attention_heads(vllm_config.parallel_config),
@@ -167,5 +166,4 @@ def _shape(vllm_config: Any, spec: Any, num_layers: int) -> ModelShape:
         head_dim=spec.head_size,
         dtype=spec.dtype,
         max_model_len=model.max_model_len,
-        max_window=window,
     )

@@ -31,7 +31,6 @@ class ModelShape:
     head_dim: int
     dtype: torch.dtype
     max_model_len: int
-    max_window: int
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ def footprint(shape: ModelShape, num_slots: int, settings: ServerSettings) -> Fo
     # K and V of the whole prompt as read, again in fp32, the evicted and kept copies, the padded run for the pool.
     kv = shape.num_kv_heads * tokens * 2 * shape.head_dim * (3 * item + 4)
     # Logits and their softmax for one tile of queries.
-    scores = 2 * shape.num_query_heads * max(shape.max_window, QUERY_TILE) * tokens * 4
+    scores = 2 * shape.num_query_heads * QUERY_TILE * tokens * 4
     # The evicted keys centred, rotated, normalised and as magnitudes, in fp32, when they are sketched.
     sketch = shape.num_kv_heads * tokens * padded_dim(shape.head_dim) * 4 * 4
     recall = num_slots * RecallStore.slot_bytes(shape.num_layers, shape.num_kv_heads, shape.head_dim)

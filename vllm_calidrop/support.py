@@ -52,6 +52,14 @@ def refuse_platform() -> None:
         )
 
 
+def refuse_scheduler(scheduler: type) -> None:
+    """Raise UnsupportedError unless it is vLLM's scheduler or derived from it: the ledger lives in its methods."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    if not issubclass(scheduler, Scheduler):
+        raise UnsupportedError([f"the scheduler {scheduler.__qualname__} (--scheduler-cls)"])
+
+
 def refuse_layer(impl: Any) -> None:
     """Raise UnsupportedError for what only an attention layer knows."""
     reasons = []

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy import config as configuration
-from benchmarks.accuracy import report, run, server, summary
+from benchmarks.accuracy import plots, report, run, server, summary
 from benchmarks.accuracy.cells import cells_of
 from benchmarks.accuracy.config import Config
 from benchmarks.accuracy.store import read
@@ -71,7 +71,8 @@ def write_report(config: Config, samples: list[Any], folder: Path) -> None:
     figures = summary.summarize(config, samples, folder)
     figures["run"] = about = json.loads((folder / "run.json").read_text())
     (folder / "summary.json").write_text(json.dumps(figures, indent=1) + "\n")
-    (folder / "report.md").write_text(report.markdown(figures, about, config.layout, []))
+    pictures = plots.draw(figures, folder)
+    (folder / "report.md").write_text(report.markdown(figures, about, config.layout, pictures))
 
 
 def _claim(config: Config, folder: Path, base_url: str | None) -> None:

@@ -37,7 +37,7 @@ def request_body(sample: Sample, fields: dict[str, Any], model: str, client: Cli
     if sample.stop:
         body["stop"] = sample.stop
     body |= {"extra_body": client.extra_body | fields}
-    if client.mode == "completion":
+    if client.mode == "completion" or sample.raw:
         return body | {"prompt": sample.prompt + sample.prefix}
     messages = sample.messages or [{"role": "user", "content": sample.prompt}]
     if sample.prefix and client.answer_prefix == "user":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -74,7 +75,9 @@ async def execute(config: Config, samples: list[Sample], base_url: str, folder: 
         with Store(folder / "results.jsonl") as store:
             asks = list(plan(config, samples, name))
             todo = [(ask, ask.body) for ask in asks if ask.key not in store.done]
-            with tqdm(total=len(asks), initial=len(asks) - len(todo), unit="req", smoothing=0.05) as progress:
+            every = 0.2 if sys.stderr.isatty() else 20.0  # seconds: a log is not a terminal
+            done = len(asks) - len(todo)
+            with tqdm(total=len(asks), initial=done, unit="req", smoothing=0.05, mininterval=every) as progress:
 
                 def keep(ask: Ask, reply: Reply) -> None:
                     store.append(record_of(ask, reply))

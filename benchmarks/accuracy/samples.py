@@ -16,6 +16,7 @@ class Sample:
     index: number within task and length; the same (task, length, index) is the same prompt in every cell
     answers: acceptable answers; their meaning is the metric's
     prefix: how the reply begins; part of the prompt, not of the reply
+    raw: asked in completion mode, whatever the mode; first_line: only the reply's first line is scored
     """
 
     task: str
@@ -28,6 +29,8 @@ class Sample:
     messages: list[Message] | None = None
     prefix: str = ""
     stop: list[str] | None = None
+    raw: bool = False
+    first_line: bool = False
     meta: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -53,7 +53,7 @@ STAGES = (
     Stage("t512", 512, 12, share=LONG),
     Stage("t1152", 1152, 6, share=LONG),
     Stage("plain", 1152, 6, share=LONG, steps=450, rate=(1.0, 0.05)),
-    Stage("smooth", 1152, 6, share=(0.5, 0.92), steps=900, rate=(0.7, 0.0), smooth=True, warmup=20),
+    Stage("smooth", 1152, 6, share=(0.5, 0.92), steps=760, rate=(0.7, 0.0), smooth=True, warmup=20),
 )
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from vllm_calidrop.attention.compaction import compact, observe_chunk
-from vllm_calidrop.attention.metadata import CaliDropMetadata
-from vllm_calidrop.attention.ops.cpu import decode
+from vllm_calidrop.attention.metadata import CaliDropMetadata, DecodeRows
+from vllm_calidrop.attention.ops.decode import decode_op
 from vllm_calidrop.attention.ops.packed import PackedCache
+from vllm_calidrop.attention.ops.recall import add_recalled
 from vllm_calidrop.support import refuse_layer
 from vllm_calidrop.worker import CaliDropWorker, active_worker
 
@@ -21,6 +23,7 @@ class CaliDropImpl(CPUAttentionBackendImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         refuse_layer(self)
+        self._decode = decode_op()
 
     def forward(
         self,
@@ -78,7 +81,15 @@ class CaliDropImpl(CPUAttentionBackendImpl):
                     worker.on_compaction(row.sequence.record, index, selection)
         rows = metadata.decode
         if rows is not None:
-            attended = decode(
-                rows, index, query[rows.tokens], cache, worker.pool, worker.table, worker.recall, self.scale
-            )
+            attended = self._decoded(worker, index, query[rows.tokens], cache, rows)
             output[rows.tokens] = attended.to(output.dtype)
+
+    def _decoded(
+        self, worker: CaliDropWorker, index: int, queries: Tensor, cache: PackedCache, rows: DecodeRows
+    ) -> Tensor:
+        """float32 [N, Hq, D]: attention of the rows' queries [N, Hq, D]."""
+        lse = None if rows.recalled is None else torch.empty(queries.shape[:2], dtype=torch.float32)
+        out = self._decode(rows, index, queries, cache, worker.pool, worker.table, self.scale, lse)
+        if rows.recalled is not None and lse is not None:
+            add_recalled(rows.recalled, index, queries, out, lse, worker.pool, worker.table, worker.recall, self.scale)
+        return out

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ class DecodeRows:
     """Rows that attend a compacted prompt. N rows; one query token each.
 
     tokens: int64 [N], the row's query in the batch. slots: int64 [N], state slots.
-    blocks: int [N, C], block-table columns from g on. valid: bool [N, C * block_size], the attended tokens among them.
+    blocks: int32 [N, C], block-table columns from g on. start, end: int64 [N], the attended tokens among them.
     calibrated: int64 [M], indices of the rows that have a calibration state over all evicted KV; the next fields are
     for those: calibrated_slots int64 [M], theta1, theta2 float32 [M], gate int64 [M], swap_blocks int64 [M, W], stored
     int64 [M]. recalled: the rows that recall by pages, None if there are none.
@@ -29,7 +31,9 @@ class DecodeRows:
     tokens: Tensor
     slots: Tensor
     blocks: Tensor
-    valid: Tensor
+    start: Tensor
+    end: Tensor
+    block_size: int
     calibrated: Tensor
     calibrated_slots: Tensor
     theta1: Tensor
@@ -37,7 +41,15 @@ class DecodeRows:
     gate: Tensor
     swap_blocks: Tensor
     stored: Tensor
-    recalled: RecallRows | None
+    recalled: RecallRows | None = None
+    # What the native operator keeps from one layer of the step to the next.
+    native: Any = None
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """bool [N, C * block_size]: the attended tokens."""
+        position = torch.arange(self.blocks.shape[1] * self.block_size)
+        return (position >= self.start[:, None]) & (position < self.end[:, None])
 
 
 @dataclass
@@ -129,8 +141,6 @@ class CaliDropMetadataBuilder(CPUAttentionMetadataBuilder):
         wanted = first_block[:, None] + np.arange(columns)
         wanted = np.minimum(wanted, cam.block_table_tensor.shape[1] - 1)
         blocks = cam.block_table_tensor[torch.from_numpy(rows)].gather(1, torch.from_numpy(wanted))
-        position = np.arange(columns * self.block_size)
-        valid = (position >= sequences.view_start[slots, None]) & (position < end[:, None])
         # Columns past a row's own end may hold anything: point them at the row's first block.
         blocks = torch.where(
             torch.from_numpy(np.arange(columns) * self.block_size < end[:, None]), blocks, blocks[:, :1]
@@ -145,7 +155,9 @@ class CaliDropMetadataBuilder(CPUAttentionMetadataBuilder):
             tokens=torch.from_numpy(starts[rows]),
             slots=torch.from_numpy(slots),
             blocks=blocks,
-            valid=torch.from_numpy(valid),
+            start=torch.from_numpy(sequences.view_start[slots]),
+            end=torch.from_numpy(end),
+            block_size=self.block_size,
             calibrated=torch.from_numpy(calibrated),
             calibrated_slots=calibrated_slots,
             theta1=sequences.theta1[calibrated_slots],
@@ -171,7 +183,10 @@ class CaliDropMetadataBuilder(CPUAttentionMetadataBuilder):
         if len(rows) == 0:
             return None, None
         row_index = torch.from_numpy(rows)
-        tokens = torch.from_numpy(np.concatenate([np.arange(starts[row], starts[row + 1]) for row in rows]))
+        # A row's tokens are consecutive: its first one, plus 0, 1, ... within the row.
+        counts = lengths[rows]
+        within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+        tokens = torch.from_numpy(np.repeat(starts[rows], counts) + within)
         query_start_loc = torch.zeros(len(rows) + 1, dtype=cam.query_start_loc.dtype)
         query_start_loc[1:] = torch.from_numpy(lengths[rows]).cumsum(0)
         seq_lens = cam.seq_lens[row_index]

@@ -57,6 +57,7 @@ class Report:
     reason: str | None
     stored: int
     by_pages: bool = False
+    earlier_bytes: int = 0
     earlier: np.ndarray | None = None
     current: SequenceCounters | None = None
 
@@ -65,13 +66,21 @@ class Report:
         """int64 [layers, COUNTERS] over all lives of the request; None if it was never compacted."""
         if self.current is None:
             return self.earlier
-        return self.current.counts if self.earlier is None else self.current.counts + self.earlier
+        counts = self.current.counts
+        if not self.by_pages:
+            counts = counts.copy()
+            counts[:, _PAGES_READ] = counts[:, _GROUP_READS] * pages_for(self.stored)
+        return counts if self.earlier is None else counts + self.earlier
+
+    def bytes_read(self, shape: Shape) -> int:
+        """A page is read whole; where a KV head reads everything, without what its last page lacks."""
+        if self.current is None:
+            return self.earlier_bytes
+        column, tokens = (_PAGES_READ, PAGE_TOKENS) if self.by_pages else (_GROUP_READS, self.stored)
+        return self.earlier_bytes + int(self.current.counts[:, column].sum()) * tokens * shape.kv_bytes_per_token
 
     def as_dict(self, shape: Shape, with_layers: bool) -> dict[str, Any]:
         counts = self.counts
-        if counts is not None and not self.by_pages:
-            counts = counts.copy()
-            counts[:, _PAGES_READ] = counts[:, _GROUP_READS] * pages_for(self.stored)
         sums = counts.sum(0).tolist() if counts is not None else [0] * len(COUNTERS)
         report: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
@@ -81,9 +90,7 @@ class Report:
             "reason": self.reason,
         }
         report.update(zip(COUNTERS, sums, strict=True))
-        # A page is read whole; all of a KV head's evicted KV is read without what its last page lacks.
-        tokens_read = report["pages_read"] * PAGE_TOKENS if self.by_pages else report["group_reads"] * self.stored
-        report["bytes_read"] = tokens_read * shape.kv_bytes_per_token
+        report["bytes_read"] = self.bytes_read(shape)
         if with_layers and counts is not None:
             report["layers"] = dict(zip(COUNTERS, counts.T.tolist(), strict=True))
         return report
@@ -144,8 +151,8 @@ class Ledger:
         """Whether admitting `request` now could force a preemption later, while its prompt is still uncompressed.
 
         Headroom is kept for what other prompts in prefill have yet to allocate and for what decoding sequences will
-        grow by while this prompt is computed in chunks of `chunk` tokens. Without any budget in sight vLLM's own rule
-        stands alone.
+        grow by while this prompt is computed: in steps of at most `chunk` tokens, of which every sequence may take one
+        and older prompts come first. Without any budget in sight vLLM's own rule stands alone.
         """
         settings = settings_of(request)
         compresses = settings is not None and _wants_eviction(settings, request.num_prompt_tokens)
@@ -154,7 +161,10 @@ class Ledger:
             return False
         bs = self.shape.block_size
         headroom = 0
-        steps = -(-request.num_tokens // max(1, chunk))
+        to_compute = request.num_tokens + sum(
+            max(0, o.request.num_tokens - o.request.num_computed_tokens) for o in others
+        )
+        steps = -(-to_compute // max(1, chunk - len(others)))
         for other in others:
             missing = -(-other.request.num_tokens // bs) - held_blocks.get(other.request.request_id, 0)
             headroom += max(0, missing) + -(-steps // bs)
@@ -174,7 +184,7 @@ class Ledger:
         record, report = self._decide(request)
         earlier = self._reports.get(request.request_id)
         if earlier is not None:
-            report.earlier = earlier.counts
+            report.earlier, report.earlier_bytes = earlier.counts, earlier.bytes_read(self.shape)
         self._reports[request.request_id] = report
         self._admitted[request.request_id] = _Admitted(request, record)
 

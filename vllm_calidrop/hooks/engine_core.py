@@ -1,7 +1,8 @@
 """The engine's process sizes our pools once, when the KV pool's size is known, and tells every worker.
 
 `EngineCore._initialize_kv_caches` is wrapped because it is the moment between the two: the workers have their KV cache,
-the scheduler (whose ledger needs the number) does not exist yet.
+the scheduler (whose ledger needs the number) does not exist yet. It is also the moment to see that nothing is missing:
+no request has been served, and every module of the engine's side has been imported.
 """
 
 from __future__ import annotations
@@ -10,8 +11,17 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_calidrop.hooks.on_import import when_imported
-from vllm_calidrop.hooks.wrap import wrap_method
+from vllm_calidrop.hooks.wrap import require_installed, wrap_method
 from vllm_calidrop.selection import is_selected
+
+# Wrapped in this process, or a budget would be without effect.
+_REQUIRED = (
+    "vllm.v1.core.sched.scheduler.Scheduler.__init__",
+    "vllm.v1.core.sched.scheduler.Scheduler.schedule",
+    "vllm.v1.core.sched.scheduler.Scheduler.update_from_output",
+    "vllm.v1.core.kv_cache_manager.KVCacheManager.get_computed_blocks",
+    "vllm.v1.core.kv_cache_manager.KVCacheManager.allocate_slots",
+)
 
 
 def install() -> None:
@@ -29,7 +39,10 @@ def _allocate_swap(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, vllm_config, *args, **kwargs)
         from vllm_calidrop.cache import spec
         from vllm_calidrop.engine import size_pools
+        from vllm_calidrop.support import refuse_scheduler
 
+        refuse_scheduler(vllm_config.scheduler_config.get_scheduler_cls())
+        require_installed(_REQUIRED)
         spec.register()
         kv_cache_config = original(self, vllm_config, *args, **kwargs)
         kv_cache_config.calidrop_pools = size_pools(vllm_config, kv_cache_config)

@@ -6,14 +6,16 @@ workers never need them (and the other way round).
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
+
+from vllm_calidrop.hooks.wrap import hook_error
 
 Callback = Callable[[ModuleType], None]
 
@@ -25,7 +27,7 @@ def when_imported(name: str, callback: Callback) -> None:
     """
     module = sys.modules.get(name)
     if module is not None:
-        callback(module)
+        _call(callback, module)
         return
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
@@ -33,8 +35,29 @@ def when_imported(name: str, callback: Callback) -> None:
         _finder.waiting[name].append(callback)
 
 
+def require_awaited_modules() -> None:
+    """HookError if a module that callbacks wait for cannot be imported here: they would wait for ever, unnoticed."""
+    for name in list(_finder.waiting):
+        try:
+            found = importlib.util.find_spec(name) is not None
+        except ModuleNotFoundError:  # a package above it
+            found = False
+        if not found:
+            raise hook_error(f"module {name} does not exist")
+
+
+def _call(callback: Callback, module: ModuleType) -> None:
+    try:
+        callback(module)
+    except AttributeError as error:
+        raise hook_error(str(error)) from error
+
+
 class _Finder(MetaPathFinder):
-    """Finds nothing itself: it lets the others find, and adds the callbacks to the found module's execution."""
+    """Finds nothing itself: it lets the others find, and adds the callbacks to the found module's execution.
+
+    They wait until they have succeeded: a module may be looked for without being imported, or be imported again.
+    """
 
     def __init__(self) -> None:
         self.waiting: defaultdict[str, list[Callback]] = defaultdict(list)
@@ -42,19 +65,19 @@ class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        callbacks = self.waiting.pop(fullname, None)
-        if not callbacks:
+        if fullname not in self.waiting:
             return None
-        spec = find_spec(fullname)  # comes through here again, and finds nothing waiting
+        others = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((found for found in others if found is not None), None)
         if spec is None or spec.loader is None:
-            self.waiting[fullname] = callbacks
             return None
         execute = spec.loader.exec_module
 
         def execute_then_hook(module: ModuleType) -> None:
             execute(module)
-            for callback in callbacks:
-                callback(module)
+            for callback in self.waiting.get(fullname, ()):
+                _call(callback, module)
+            self.waiting.pop(fullname, None)
 
         loader: Any = spec.loader
         loader.exec_module = execute_then_hook

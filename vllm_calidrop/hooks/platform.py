@@ -2,7 +2,8 @@
 
 `get_attn_backend_cls` is wrapped so that CALIDROP resolves to our class on CPU; other platforms validate it themselves.
 `check_and_update_config` is wrapped because it is the one place that sees every finished VllmConfig, in the process the
-user started, before any memory or process is spent.
+user started, before any memory or process is spent. This hook does not wait for an import: the other hooks' modules are
+looked for here, so that one that vLLM has renamed is an error and not a hook that never comes.
 """
 
 from __future__ import annotations
@@ -10,13 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vllm_calidrop.hooks.wrap import wrap_method
+from vllm_calidrop.hooks.on_import import require_awaited_modules
+from vllm_calidrop.hooks.wrap import hook_error, wrap_method
 from vllm_calidrop.registration import BACKEND_PATH
 from vllm_calidrop.selection import BACKEND_NAME, is_selected
 
 
 def install() -> None:
-    from vllm.platforms.cpu import CpuPlatform
+    try:
+        from vllm.platforms.cpu import CpuPlatform
+    except ImportError as error:
+        raise hook_error(str(error)) from error
 
     wrap_method(
         CpuPlatform,
@@ -45,6 +50,7 @@ def _check(original: Callable[..., None]) -> Callable[..., None]:
             from vllm_calidrop.settings import ServerSettings
             from vllm_calidrop.support import refuse_config
 
+            require_awaited_modules()
             refuse_config(vllm_config)
             ServerSettings.from_additional_config(vllm_config.additional_config)
 

@@ -43,7 +43,10 @@ def _with_ledger(original: Callable[..., None]) -> Callable[..., None]:
 
             self.calidrop = make_ledger(vllm_config, kv_cache_config)
             self.kv_cache_manager.calidrop = self.calidrop
-            self.kv_cache_manager.calidrop_chunk = self.max_num_scheduled_tokens
+            self.kv_cache_manager.calidrop_chunk = min(
+                self.max_num_scheduled_tokens,
+                self.scheduler_config.long_prefill_token_threshold or self.max_num_scheduled_tokens,
+            )
             for manager in self.kv_cache_manager.coordinator.single_type_managers:
                 manager.ledger = self.calidrop
 

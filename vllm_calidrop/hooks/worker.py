@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_calidrop.hooks.on_import import when_imported
-from vllm_calidrop.hooks.wrap import wrap_method
+from vllm_calidrop.hooks.wrap import require_wrapped, wrap_method
 from vllm_calidrop.records import COUNTERS_ATTRIBUTE, records_of
 
 
@@ -31,6 +31,7 @@ def _allocate(self: Any, pools: Any) -> None:
     """Called on every worker by the engine once the KV cache exists (hooks/engine_core.py)."""
     from vllm_calidrop.engine import make_worker
 
+    require_wrapped(type(self), "determine_available_memory")
     self.calidrop = make_worker(self, pools)
 
 

@@ -66,15 +66,15 @@ def wrap_method(
     raw = vars(owner).get(name)
     if raw is None:
         inherited = " on the class itself (it is inherited)" if hasattr(owner, name) else ""
-        raise _hook_error(f"{symbol} does not exist{inherited}")
+        raise hook_error(f"{symbol} does not exist{inherited}")
     original = raw.__func__ if isinstance(raw, _DESCRIPTORS) else raw
     if hasattr(original, _MARK):
         return
     if not callable(original):
-        raise _hook_error(f"{symbol} is a {type(original).__name__}, not a method")
+        raise hook_error(f"{symbol} is a {type(original).__name__}, not a method")
     found = tuple(inspect.signature(original).parameters)
     if found[: len(expected_params)] != expected_params:
-        raise _hook_error(
+        raise hook_error(
             f"{symbol} takes ({', '.join(found)}), expected it to begin with ({', '.join(expected_params)})"
         )
 
@@ -82,6 +82,19 @@ def wrap_method(
     setattr(wrapper, _MARK, original)
     setattr(owner, name, type(raw)(wrapper) if isinstance(raw, _DESCRIPTORS) else wrapper)
     _installed[symbol] = Hook(symbol, f"{make_wrapper.__module__}.{make_wrapper.__qualname__}")
+
+
+def require_installed(symbols: tuple[str, ...]) -> None:
+    """HookError unless every one of `symbols` is wrapped in this process."""
+    missing = [symbol for symbol in symbols if symbol not in _installed]
+    if missing:
+        raise hook_error(f"{', '.join(missing)} not wrapped in this process")
+
+
+def require_wrapped(owner: type, name: str) -> None:
+    """HookError unless the `name` that instances of `owner` really use is a wrapped one."""
+    if not hasattr(getattr(owner, name, None), _MARK):
+        raise hook_error(f"{_symbol_of(owner, name)} is not wrapped")
 
 
 def original_of(owner: Any, name: str) -> Callable[..., Any]:
@@ -97,7 +110,7 @@ def _symbol_of(owner: Any, name: str) -> str:
     return f"{owner.__module__}.{owner.__qualname__}.{name}"
 
 
-def _hook_error(what: str) -> HookError:
+def hook_error(what: str) -> HookError:
     return HookError(
         f"vllm-calidrop cannot hook into vLLM {installed_vllm_version()}: {what}. "
         f"Supported versions of vLLM: {SUPPORTED_VLLM}."

@@ -32,12 +32,14 @@ def add_column_sums(sums: Tensor, queries: Tensor, keys: Tensor, first_position:
     keys: [H, k, D], k >= first_position + q.
     """
     heads, _, head_dim = keys.shape
-    keys_t = keys.float().transpose(-1, -2).unsqueeze(1)
+    keys_t = keys.float().transpose(-1, -2)
     for start in range(0, queries.shape[0], QUERY_TILE):
         tile = queries[start : start + QUERY_TILE].float()
-        tile = tile.view(tile.shape[0], heads, -1, head_dim).permute(1, 2, 0, 3)
-        end = first_position + start + tile.shape[2]
-        logits = torch.matmul(tile, keys_t[..., :end]) * scale
+        length = tile.shape[0]
+        end = first_position + start + length
+        # One matrix per KV head: broadcasting the keys over the group would copy them for each of its heads.
+        tile = tile.view(length, heads, -1, head_dim).permute(1, 2, 0, 3).reshape(heads, -1, head_dim)
+        logits = torch.bmm(tile, keys_t[..., :end]).mul_(scale).view(heads, -1, length, end)
         position = torch.arange(end, device=logits.device)
-        logits.masked_fill_(position > position[end - tile.shape[2] :, None], -torch.inf)
+        logits.masked_fill_(position > position[end - length :, None], -torch.inf)
         sums[:, :end] += torch.softmax(logits, dim=-1).sum(dim=-2).mean(dim=1)

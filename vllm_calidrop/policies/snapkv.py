@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vllm_calidrop.policies.base import Policy, ScoreInputs
+from vllm_calidrop.policies.h2o import add_column_sums
 
 
 class SnapKV(Policy):
@@ -16,15 +17,11 @@ class SnapKV(Policy):
 
     def importance(self, inputs: ScoreInputs) -> Tensor:
         assert inputs.window_queries is not None
-        heads, prompt_len, head_dim = inputs.keys.shape
-        window = inputs.window
-        queries = inputs.window_queries.float().view(window, heads, -1, head_dim).permute(1, 2, 0, 3)
-        logits = torch.matmul(queries, inputs.keys.float().transpose(-1, -2).unsqueeze(1)) * inputs.scale
-        position = torch.arange(prompt_len, device=logits.device)
-        logits.masked_fill_(position > position[prompt_len - window :, None], -torch.inf)
-        attention = torch.softmax(logits, dim=-1)[..., : prompt_len - window]
-        per_head = attention.sum(dim=-2).mean(dim=1)
+        heads, prompt_len, _ = inputs.keys.shape
+        before = prompt_len - inputs.window
+        votes = torch.zeros((heads, prompt_len), dtype=torch.float32, device=inputs.keys.device)
+        add_column_sums(votes, inputs.window_queries, inputs.keys, before, inputs.scale)
         pooled = torch.nn.functional.avg_pool1d(
-            per_head, inputs.pool_kernel, stride=1, padding=inputs.pool_kernel // 2, count_include_pad=True
+            votes[:, :before], inputs.pool_kernel, stride=1, padding=inputs.pool_kernel // 2, count_include_pad=True
         )
-        return torch.nn.functional.pad(pooled, (0, window), value=torch.inf)
+        return torch.nn.functional.pad(pooled, (0, inputs.window), value=torch.inf)

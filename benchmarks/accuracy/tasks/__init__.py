@@ -7,13 +7,18 @@ from typing import TYPE_CHECKING
 
 from benchmarks.accuracy.config import Tasks
 from benchmarks.accuracy.samples import Sample
-from benchmarks.accuracy.tasks import small
+from benchmarks.accuracy.tasks import longbench, niah, ruler, small
 
 if TYPE_CHECKING:
     from benchmarks.accuracy.tokens import Tokens
 
 Suite = Callable[[Tasks, "Tokens"], list[Sample]]
-SUITES: dict[str, Suite] = {"small": small.samples}
+SUITES: dict[str, Suite] = {
+    "small": small.samples,
+    "ruler": ruler.samples,
+    "niah": niah.samples,
+    "longbench": longbench.samples,
+}
 
 
 def samples_of(tasks: list[Tasks], tokens: Tokens) -> list[Sample]:

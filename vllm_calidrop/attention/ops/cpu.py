@@ -7,11 +7,9 @@ from torch import Tensor
 
 from vllm_calidrop.attention.metadata import DecodeRows
 from vllm_calidrop.attention.ops.packed import PackedCache
-from vllm_calidrop.attention.ops.recall import recall_pages
 from vllm_calidrop.cache.layout import SWAP_BLOCK_TOKENS
 from vllm_calidrop.cache.swap import SwapPool
 from vllm_calidrop.calibration import AttentionState, attention_state, cosine, decide, merge_states
-from vllm_calidrop.recall.store import RecallStore
 from vllm_calidrop.state_table import StateTable
 
 # Pairs of (sequence, KV head) are recomputed in groups of at most this many tokens, which bounds the copies.
@@ -25,10 +23,13 @@ def decode(
     cache: PackedCache,
     pool: SwapPool,
     table: StateTable,
-    store: RecallStore,
     scale: float,
+    lse: Tensor | None = None,
 ) -> Tensor:
-    """Algorithm 2, or recall by pages, for all rows of one layer. queries: [N, Hq, D]; returns float32 [N, Hq, D]."""
+    """Algorithm 2 for all rows of one layer. queries: [N, Hq, D]; returns float32 [N, Hq, D].
+
+    lse: float32 [N, Hq], filled with the log-sum-exp of all that was attended if given.
+    """
     num_rows, num_heads, head_dim = queries.shape
     grouped = queries.view(num_rows, cache.num_kv_heads, -1, head_dim)
     keys, values = cache.read(rows.blocks)
@@ -36,11 +37,10 @@ def decode(
     if rows.calibrated.numel():
         mine = rows.calibrated
         kept = AttentionState(state.out[mine], state.lse[mine])
-        state.out[mine] = _calibrate(rows, layer, grouped[mine], kept, pool, table, scale)
-    if rows.recalled is not None:
-        mine = rows.recalled.rows
-        kept = AttentionState(state.out[mine], state.lse[mine])
-        state.out[mine] = recall_pages(rows.recalled, layer, grouped[mine], kept, pool, table, store, scale)
+        calibrated = _calibrate(rows, layer, grouped[mine], kept, pool, table, scale)
+        state.out[mine], state.lse[mine] = calibrated.out, calibrated.lse
+    if lse is not None:
+        lse.copy_(state.lse.flatten(1))
     return state.out.reshape(num_rows, num_heads, head_dim)
 
 
@@ -52,7 +52,7 @@ def _calibrate(
     pool: SwapPool,
     table: StateTable,
     scale: float,
-) -> Tensor:
+) -> AttentionState:
     """Gate, recompute, merge for the M rows with a calibration state; query [M, H, G, D]."""
     slots = rows.calibrated_slots
     decision = decide(cosine(query, table.query[layer, slots]), rows.theta1, rows.theta2, rows.gate)
@@ -68,7 +68,7 @@ def _calibrate(
 
     uses_evicted = decision.recompute | decision.merge
     evicted = AttentionState(table.out[layer, slots], table.lse[layer, slots].masked_fill(~uses_evicted, -torch.inf))
-    return merge_states(kept, evicted).out
+    return merge_states(kept, evicted)
 
 
 def _recompute(

@@ -71,6 +71,7 @@ class PackedCache:
         num_kv_heads = self.num_kv_heads
         self.head_dim = width // 2
         self.isa = isa
+        self.tensor = kv_cache
         self._regions = kv_cache.view(num_blocks, num_kv_heads, -1)
         self._key_cache, self._value_cache = kv_cache.view(num_blocks, num_kv_heads, 2 * self.block_size, -1).chunk(
             2, dim=2

@@ -23,17 +23,32 @@ from vllm_calidrop.state_table import StateTable
 LOOK_TOKENS = 1 << 17
 
 
-def recall_pages(
+def add_recalled(
     rows: RecallRows,
     layer: int,
-    query: Tensor,
-    kept: AttentionState,
+    queries: Tensor,
+    out: Tensor,
+    lse: Tensor,
     pool: SwapPool,
     table: StateTable,
     store: RecallStore,
     scale: float,
-) -> Tensor:
-    """Attention of M rows with recall; query [M, H, G, D], kept: their state over R. Returns float32 [M, H, G, D]."""
+) -> None:
+    """Merge what M of a step's N rows recall into their state over the kept tokens: out [N, Hq, D], lse [N, Hq].
+
+    queries: [N, Hq, D]. `out` becomes the rows' attention, `lse` stays.
+    """
+    mine, shape = rows.rows, (len(rows.rows), *table.query.shape[2:])
+    kept = AttentionState(out[mine].view(shape), lse[mine].view(shape[:-1]))
+    recalled = _recalled_state(rows, layer, queries[mine].view(shape), kept.lse, pool, table, store, scale)
+    out[mine] = merge_states(kept, recalled).out.view(len(mine), *out.shape[1:])
+
+
+def _recalled_state(
+    rows: RecallRows, layer: int, query: Tensor, kept_lse: Tensor, pool: SwapPool, table: StateTable,
+    store: RecallStore, scale: float,
+) -> AttentionState:  # fmt: skip
+    """The gate, the looks, and what they recall for M rows; query [M, H, G, D], kept_lse [M, H, G]."""
     slots = rows.slots
     rho = cosine(query, table.query[layer, slots])
     looks = (rho.amin(-1) < rows.theta[:, None]) | ~store.looked[layer, slots, None]
@@ -49,13 +64,13 @@ def recall_pages(
         blocks = swap_blocks_for(int(rows.stored.max()))
         step = max(1, LOOK_TOKENS // (blocks * SWAP_BLOCK_TOKENS))
         for some in zip(row.split(step), kv_head.split(step)):
-            pages_read[some] = _look(rows, layer, *some, blocks, query[some], kept.lse[some], pool, table, store, scale)
+            pages_read[some] = _look(rows, layer, *some, blocks, query[some], kept_lse[some], pool, table, store, scale)
 
     recalled = AttentionState(table.out[layer, slots], table.lse[layer, slots])
     if buffered is not None:
         recalled = merge_states(recalled, buffered)
     table.count_recall(layer, slots, looks, ~looks.unsqueeze(-1) & (recalled.lse > -torch.inf), pages_read)
-    return merge_states(kept, recalled).out
+    return recalled
 
 
 def _look(

@@ -1,0 +1,55 @@
+"""Which implementation of the decode operator serves this process: C++ where it can be compiled, else torch."""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import cache
+from typing import Protocol
+
+from torch import Tensor
+
+from vllm_calidrop.attention.metadata import DecodeRows
+from vllm_calidrop.attention.ops import cpu, native
+from vllm_calidrop.attention.ops.packed import PackedCache
+from vllm_calidrop.cache.swap import SwapPool
+from vllm_calidrop.state_table import StateTable
+
+logger = logging.getLogger("vllm.calidrop")
+
+# `native`: C++ or an error; `torch`: never C++; unset or `auto`: C++ where there is a compiler.
+CHOICE_VARIABLE = "VLLM_CALIDROP_CPU_OP"
+CHOICES = ("auto", "native", "torch")
+
+
+class DecodeOp(Protocol):
+    def __call__(
+        self,
+        rows: DecodeRows,
+        layer: int,
+        queries: Tensor,
+        cache: PackedCache,
+        pool: SwapPool,
+        table: StateTable,
+        scale: float,
+        lse: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+@cache
+def decode_op() -> DecodeOp:
+    """Decided once per process; said in the log."""
+    choice = os.environ.get(CHOICE_VARIABLE, "auto")
+    if choice not in CHOICES:
+        raise ValueError(f"{CHOICE_VARIABLE} must be one of {', '.join(CHOICES)}, got {choice!r}")
+    if choice == "torch":
+        logger.info("CaliDrop: decode runs in torch (%s=torch)", CHOICE_VARIABLE)
+        return cpu.decode
+    try:
+        native.load()
+    except native.build.BuildError as error:
+        if choice == "native":
+            raise
+        logger.warning("CaliDrop: decode runs in torch, several times slower than compiled: %s", error)
+        return cpu.decode
+    return native.decode

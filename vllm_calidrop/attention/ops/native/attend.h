@@ -1,0 +1,310 @@
+// Attention of a few query heads over tiles of tokens, one pass over K and V, in fp32, with the log-sum-exp.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "simd.h"
+
+namespace calidrop {
+
+// How the elements of a tile of `width` tokens lie. Numbers are shared with native/__init__.py.
+enum KeyLayout { kKeyTransposed = 0, kKeyPairs = 1, kKeyPlain = 2 };  // [D, width]; [width/16, D/2, 16, 2]; [width, D]
+enum ValueLayout { kValuePlain = 0, kValuePairs = 1 };                // [width, D]; [D/16, width/2, 16, 2]
+
+// Tokens [first, last) of a tile are attended; the others may hold anything.
+template <class T>
+struct Tile {
+  const T* keys;
+  const T* values;
+  int first, last;
+};
+
+constexpr int kChunkTokens = 512;  // tokens whose logits are held at once
+constexpr int kAhead = 2;          // tiles whose keys are fetched before they are needed
+
+// Logits of 16 * V tokens for H heads. query: [H, D].
+template <int H, int V, class T>
+inline void transposed_logits(const T* keys, long width, int head_dim, const float* query, float* out, long stride) {
+  constexpr int kPhases = H * V >= 8 ? 1 : H * V >= 4 ? 2 : 4;  // enough sums in flight to hide the latency of one
+  Floats sums[kPhases][H][V] = {};
+  for (int d = 0; d < head_dim; d += kPhases)
+    for (int p = 0; p < kPhases; p++)
+      for (int v = 0; v < V; v++) {
+        const Floats k = load(keys + (d + p) * width + v * kLanes);
+        for (int h = 0; h < H; h++) sums[p][h][v] += k * query[h * head_dim + d + p];
+      }
+  for (int h = 0; h < H; h++)
+    for (int v = 0; v < V; v++) {
+      Floats total = sums[0][h][v];
+      for (int p = 1; p < kPhases; p++) total += sums[p][h][v];
+      store(out + h * stride + v * kLanes, total);
+    }
+}
+
+template <int H, int V>
+inline void paired_logits(const bf16* keys, int head_dim, const float* query, float* out, long stride) {
+  Floats even[H][V] = {}, odd[H][V] = {};
+  for (int d = 0; d < head_dim; d += 2)
+    for (int v = 0; v < V; v++) {
+      const Words line = load_as<Words>(keys + v * kLanes * head_dim + d * kLanes);
+      const Floats a = evens(line), b = odds(line);
+      for (int h = 0; h < H; h++) {
+        even[h][v] += a * query[h * head_dim + d];
+        odd[h][v] += b * query[h * head_dim + d + 1];
+      }
+    }
+  for (int h = 0; h < H; h++)
+    for (int v = 0; v < V; v++) store(out + h * stride + v * kLanes, even[h][v] + odd[h][v]);
+}
+
+// 16 / H tokens at a time; H is 1, 2 or 4.
+template <int H, class T>
+inline void plain_logits(const T* keys, int head_dim, const float* query, float* out, long stride) {
+  constexpr int kTokens = kLanes / H;
+  for (int t = 0; t < kLanes; t += kTokens) {
+    Floats sums[kLanes] = {};
+    for (int d = 0; d < head_dim; d += kLanes) {
+      Floats q[H];
+      for (int h = 0; h < H; h++) q[h] = load(query + h * head_dim + d);
+      for (int i = 0; i < kTokens; i++) {
+        const Floats k = load(keys + (t + i) * head_dim + d);
+        for (int h = 0; h < H; h++) sums[h * kTokens + i] += k * q[h];
+      }
+    }
+    const Floats logits = sums_of(sums);
+    for (int h = 0; h < H; h++)
+      std::memcpy(out + h * stride + t, (const float*)&logits + h * kTokens, kTokens * sizeof(float));
+  }
+}
+
+template <int L, int H, class T>
+inline void tile_logits_of(const Tile<T>& tile, int width, int head_dim, const float* query, float* out, long stride) {
+  int t = tile.first / kLanes * kLanes;
+  if constexpr (L != kKeyPlain)
+    for (; t + 2 * kLanes <= width && t + kLanes < tile.last; t += 2 * kLanes) {
+      if constexpr (L == kKeyTransposed)
+        transposed_logits<H, 2>(tile.keys + t, width, head_dim, query, out + t, stride);
+      else
+        paired_logits<H, 2>(tile.keys + t * head_dim, head_dim, query, out + t, stride);
+    }
+  for (; t < tile.last; t += kLanes) {
+    if constexpr (L == kKeyTransposed)
+      transposed_logits<H, 1>(tile.keys + t, width, head_dim, query, out + t, stride);
+    else if constexpr (L == kKeyPairs)
+      paired_logits<H, 1>(tile.keys + t * head_dim, head_dim, query, out + t, stride);
+    else
+      plain_logits<H>(tile.keys + t * head_dim, head_dim, query, out + t, stride);
+  }
+}
+
+template <int L, class T>
+inline void tile_logits(const Tile<T>& tile, int width, int head_dim, const float* query, int heads, float* out,
+                        long stride) {
+  int h = 0;
+  for (; h + 4 <= heads; h += 4)
+    tile_logits_of<L, 4>(tile, width, head_dim, query + h * head_dim, out + h * stride, stride);
+  for (; h + 2 <= heads; h += 2)
+    tile_logits_of<L, 2>(tile, width, head_dim, query + h * head_dim, out + h * stride, stride);
+  for (; h < heads; h++)
+    tile_logits_of<L, 1>(tile, width, head_dim, query + h * head_dim, out + h * stride, stride);
+}
+
+// out [H, D] += weights [H, tokens] V for 16 * V dimensions from d on, over several tiles.
+template <int H, int V, class T>
+inline void plain_values(const Tile<T>* tiles, int count, int width, int head_dim, int d, const float* weights,
+                         long stride, float* out) {
+  Floats sums[H][V];
+  out += d;
+  for (int h = 0; h < H; h++)
+    for (int v = 0; v < V; v++) sums[h][v] = load(out + h * head_dim + v * kLanes);
+  for (int i = 0; i < count; i++, weights += width)
+    for (int t = tiles[i].first; t < tiles[i].last; t++) {
+      const T* row = tiles[i].values + long(t) * head_dim + d;
+      Floats value[V];
+      for (int v = 0; v < V; v++) value[v] = load(row + v * kLanes);
+      for (int h = 0; h < H; h++)
+        for (int v = 0; v < V; v++) sums[h][v] += value[v] * weights[h * stride + t];
+    }
+  for (int h = 0; h < H; h++)
+    for (int v = 0; v < V; v++) store(out + h * head_dim + v * kLanes, sums[h][v]);
+}
+
+template <int H, int V>
+inline void paired_values(const Tile<bf16>* tiles, int count, int width, int head_dim, int d, const float* weights,
+                          long stride, float* out) {
+  Floats sums[H][V];
+  out += d;
+  for (int h = 0; h < H; h++)
+    for (int v = 0; v < V; v++) sums[h][v] = load(out + h * head_dim + v * kLanes);
+  for (int i = 0; i < count; i++, weights += width) {
+    const Tile<bf16>& tile = tiles[i];
+    const auto line = [&](int t, int v) {
+      return load_as<Words>(tile.values + long(d + v * kLanes) * width + t / 2 * 2 * kLanes);
+    };
+    const auto alone = [&](int t) {  // one token whose neighbour in the pair is not attended
+      for (int v = 0; v < V; v++) {
+        const Floats value = t % 2 ? odds(line(t, v)) : evens(line(t, v));
+        for (int h = 0; h < H; h++) sums[h][v] += value * weights[h * stride + t];
+      }
+    };
+    int t = tile.first;
+    if (t % 2) alone(t++);
+    for (; t + 2 <= tile.last; t += 2)
+      for (int v = 0; v < V; v++) {
+        const Words both = line(t, v);
+        const Floats a = evens(both), b = odds(both);
+        for (int h = 0; h < H; h++) {
+          sums[h][v] += a * weights[h * stride + t];
+          sums[h][v] += b * weights[h * stride + t + 1];
+        }
+      }
+    if (t < tile.last) alone(t);
+  }
+  for (int h = 0; h < H; h++)
+    for (int v = 0; v < V; v++) store(out + h * head_dim + v * kLanes, sums[h][v]);
+}
+
+template <int L, int H, int V, class T>
+inline void values_of(const std::vector<Tile<T>>& tiles, int width, int head_dim, int d, const float* weights,
+                      long stride, float* out) {
+  if constexpr (L == kValuePlain)
+    plain_values<H, V>(tiles.data(), int(tiles.size()), width, head_dim, d, weights, stride, out);
+  else
+    paired_values<H, V>(tiles.data(), int(tiles.size()), width, head_dim, d, weights, stride, out);
+}
+
+template <int L, int H, class T>
+inline void add_values_of(const std::vector<Tile<T>>& tiles, int width, int head_dim, const float* weights,
+                          long stride, float* out) {
+  int d = 0;
+  for (; d + 4 * kLanes <= head_dim; d += 4 * kLanes) values_of<L, H, 4>(tiles, width, head_dim, d, weights, stride, out);
+  for (; d + 2 * kLanes <= head_dim; d += 2 * kLanes) values_of<L, H, 2>(tiles, width, head_dim, d, weights, stride, out);
+  for (; d < head_dim; d += kLanes) values_of<L, H, 1>(tiles, width, head_dim, d, weights, stride, out);
+}
+
+template <int L, class T>
+inline void add_values(const std::vector<Tile<T>>& tiles, int width, int head_dim, const float* weights, int heads,
+                       long stride, float* out) {
+  int h = 0;
+  for (; h + 4 <= heads; h += 4)
+    add_values_of<L, 4>(tiles, width, head_dim, weights + h * stride, stride, out + h * head_dim);
+  for (; h + 2 <= heads; h += 2)
+    add_values_of<L, 2>(tiles, width, head_dim, weights + h * stride, stride, out + h * head_dim);
+  for (; h < heads; h++)
+    add_values_of<L, 1>(tiles, width, head_dim, weights + h * stride, stride, out + h * head_dim);
+}
+
+// What an Attention works in; a thread keeps one and uses it again.
+template <class T>
+struct Workspace {
+  std::vector<float> weights, top, total;
+  std::vector<Tile<T>> tiles;
+};
+
+// Attention states of `heads` queries over what was added so far.
+template <class T>
+class Attention {
+ public:
+  // query: [heads, D] fp32; out: [heads, D], lse: [heads], complete after finish(). width: tokens of a tile.
+  Attention(Workspace<T>& space, const float* query, int heads, int head_dim, float scale, int width, float* out,
+            float* lse)
+      : query_(query),
+        heads_(heads),
+        head_dim_(head_dim),
+        scale_(scale),
+        width_(width),
+        out_(out),
+        lse_(lse),
+        weights_(space.weights),
+        top_(space.top),
+        total_(space.total),
+        tiles_(space.tiles) {
+    per_chunk_ = std::max(1, kChunkTokens / width);
+    stride_ = long(per_chunk_) * width;
+    if (long(weights_.size()) < heads * stride_) weights_.resize(heads * stride_);
+    top_.assign(heads, -kInf);
+    total_.assign(heads, 0.0f);
+    tiles_.clear();
+    std::fill(out, out + heads * head_dim, 0.0f);
+  }
+
+  template <int K, int V>
+  void add(const Tile<T>& tile) {
+    tiles_.push_back(tile);
+    if (int(tiles_.size()) == per_chunk_) flush<K, V>();
+  }
+
+  template <int K, int V>
+  void finish() {
+    flush<K, V>();
+    for (int h = 0; h < heads_; h++) {
+      lse_[h] = total_[h] > 0 ? top_[h] + std::log(total_[h]) : -kInf;
+      const float share = total_[h] > 0 ? 1.0f / total_[h] : 0.0f;
+      for (int d = 0; d < head_dim_; d++) out_[h * head_dim_ + d] *= share;
+    }
+  }
+
+ private:
+  template <int K, int V>
+  void flush() {
+    if (tiles_.empty()) return;
+    for (size_t i = 0; i < tiles_.size(); i++) {
+      if (i + kAhead < tiles_.size()) prefetch(tiles_[i + kAhead].keys);
+      prefetch(tiles_[i].values);
+      tile_logits<K>(tiles_[i], width_, head_dim_, query_, heads_, weights_.data() + i * width_, stride_);
+    }
+    for (int h = 0; h < heads_; h++) softmax(h, weights_.data() + h * stride_);
+    add_values<V>(tiles_, width_, head_dim_, weights_.data(), heads_, stride_, out_);
+    tiles_.clear();
+  }
+
+  // The keys or values of a tile: the hardware does not foresee where the next tile lies.
+  void prefetch(const T* tile) {
+    const char* at = (const char*)tile;
+    for (const char* end = at + long(width_) * head_dim_ * sizeof(T); at < end; at += 64) __builtin_prefetch(at);
+  }
+
+  // Logits of the chunk become weights relative to the new maximum; what was summed before is rescaled to it.
+  void softmax(int head, float* weights) {
+    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    Floats tops = broadcast(-kInf);
+    for (size_t i = 0; i < tiles_.size(); i++)
+      for (int t = tiles_[i].first / kLanes * kLanes; t < tiles_[i].last; t += kLanes) {
+        float* at = weights + i * width_ + t;
+        const Ints token = lane + t;
+        const Floats logits =
+            (token >= tiles_[i].first) & (token < tiles_[i].last) ? load(at) * scale_ : broadcast(-kInf);
+        store(at, logits);
+        tops = max(tops, logits);
+      }
+    const float top = std::max(top_[head], maximum(tops));
+    if (top == -kInf) return;
+    if (top_[head] != top && top_[head] != -kInf) {
+      const float shrink = std::exp(top_[head] - top);
+      total_[head] *= shrink;
+      for (int d = 0; d < head_dim_; d++) out_[head * head_dim_ + d] *= shrink;
+    }
+    top_[head] = top;
+    Floats totals = {};
+    for (size_t i = 0; i < tiles_.size(); i++)
+      for (int t = tiles_[i].first / kLanes * kLanes; t < tiles_[i].last; t += kLanes) {
+        float* at = weights + i * width_ + t;
+        const Floats weight = exp_nonpositive(load(at) - top);
+        store(at, weight);
+        totals += weight;
+      }
+    total_[head] += sum(totals);
+  }
+
+  const float* query_;
+  int heads_, head_dim_;
+  float scale_;
+  int width_, per_chunk_;
+  long stride_;
+  float *out_, *lse_;
+  std::vector<float>&weights_, &top_, &total_;
+  std::vector<Tile<T>>& tiles_;
+};
+
+}  // namespace calidrop
