@@ -284,6 +284,21 @@ def test_other_servers_are_said_not_to_compress(tmp_path: Path) -> None:
     assert text.count("4 answers came without a `calidrop` report") == 2
 
 
+def test_answers_to_another_seed_are_not_counted(tmp_path: Path) -> None:
+    samples = {}
+    for seed in (0, 1):
+        tasks = [{"suite": "small", "names": ["single"], "lengths": [96], "count": 3 - seed, "seed": 100 * seed}]
+        config = config_of(tasks=tasks, sweep={"policies": []})
+        samples[seed] = run.samples_for(config, None, None)
+        with Stub(right_answer(samples[seed])) as stub:
+            execute(config, samples[seed], stub, tmp_path)
+    records = read(tmp_path / "results.jsonl")
+    assert len(records) == 5
+    for seed in (0, 1):
+        found = summary.complete(records, samples[seed], cells_of(config.sweep))["full"]
+        assert [record["meta"]["seed"] for record in found] == [s.meta["seed"] for s in samples[seed]]
+
+
 def test_calibration_size_lowers_the_fraction_read() -> None:
     entry = {"completion_tokens": 5, "prompt_tokens": 96, "calibration_size": 8, "report": report_of({"kv_budget": 64})}
     figures = summary.cost([entry], summary.ModelShape(kv_heads=2))
