@@ -270,7 +270,7 @@ def test_summary_counts(tmp_path: Path) -> None:
     assert total["group_rate"] == total["read_fraction"] == 2 / 16
     assert total["recompute_by_layer"] == [4 / 16, 0]
     text = report.markdown(figures, {"model": "m", "mode": "completion"}, "policies", [])
-    assert "| +CaliDrop .70/.85 | 100.00 | 100.00 | 100.00 | 0.0 |" in text
+    assert "| +CaliDrop .70/.85 | 100.00 | 100.00 | **100.00** | 0.0 |" in text
     assert "| SnapKV | 60.00 | 100.00 | 80.00 |" in text and "Note" not in text
 
 
