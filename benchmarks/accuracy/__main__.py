@@ -76,7 +76,7 @@ def write_report(config: Config, samples: list[Any], folder: Path) -> None:
 
 
 def _claim(config: Config, folder: Path, base_url: str | None) -> None:
-    """Notes what is measured; refuses to mix two models' answers in one folder."""
+    """Notes what is measured; refuses to mix two models' or modes' answers in one folder."""
     folder.mkdir(parents=True, exist_ok=True)
     model = config.server.model if config.server else base_url
     about = {
@@ -88,7 +88,7 @@ def _claim(config: Config, folder: Path, base_url: str | None) -> None:
     path = folder / "run.json"
     if path.exists() and (folder / "results.jsonl").exists():
         before = json.loads(path.read_text())
-        for name in ("model", "fingerprint"):
+        for name in ("model", "fingerprint", "mode"):
             if before[name] != about[name]:
                 raise SystemExit(f"{folder} holds answers of {name} {before[name]}, this is {about[name]}: use --out")
     path.write_text(json.dumps(about, indent=1) + "\n")

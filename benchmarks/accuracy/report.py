@@ -69,7 +69,11 @@ def _warnings(summary: dict[str, Any]) -> list[str]:
 
 
 def _methods(summary: dict[str, Any], length: str) -> str:
-    """Tables 1, 3, 4: a section per KV size, a row per method, its +CaliDrop rows under it."""
+    """Tables 1, 3, 4: a section per KV size, a row per method, its +CaliDrop rows under it; best average in bold."""
+    best: dict[int, float] = {}
+    for row in summary["cells"]:
+        if row["policy"] and ALL in row["lengths"][length]:
+            best[row["budget"]] = max(best.get(row["budget"], 0), row["lengths"][length][ALL]["score"])
     tasks = summary["tasks"]
     head = ["Method", *tasks, "Avg.", "±"]
     lines = [_line(head), _line(["---"] + ["---:"] * (len(head) - 1))]
@@ -83,7 +87,10 @@ def _methods(summary: dict[str, Any], length: str) -> str:
             if size is None:
                 lines.append(_line(["tokens", *(f"{figures[t]['prompt_tokens']:.0f}" for t in tasks), "", ""]))
             lines.append(_line([f"**KV size = {size or 'full'}**", *[""] * (len(head) - 1)]))
-        lines.append(_line([row["label"], *_scores(figures, tasks)]))
+        scores = _scores(figures, tasks)
+        if row["policy"] and figures[ALL]["score"] == best[row["budget"]] > 0:
+            scores[-2] = f"**{scores[-2]}**"
+        lines.append(_line([row["label"], *scores]))
     return "\n".join(lines)
 
 

@@ -37,12 +37,17 @@ def shape_of(config: Config) -> ModelShape:
 
 
 def complete(records: Iterable[Record], samples: list[Sample], cells: list[Cell]) -> dict[str, list[Record]]:
-    """The records by cell, only of samples every cell has answered, in the order of the samples."""
+    """The records by cell, only of samples every cell has answered, in the order of the samples. Answers to other
+    prompts of the same name (the configuration's seed was changed) are left out."""
     found: dict[str, dict[str, Record]] = {cell.id: {} for cell in cells}
+    asked = {sample.id: sample for sample in samples}
     for record in records:
-        if record["cell"] in found:
-            sample_id = f"{record['task']}/{record['length']}/{record['index']}"
-            found[record["cell"]][sample_id] = record
+        sample = asked.get(f"{record['task']}/{record['length']}/{record['index']}")
+        if sample is None or record["cell"] not in found:
+            continue
+        same_seed = record["meta"].get("seed") == sample.meta.get("seed")
+        if same_seed and record["answers"] == sample.answers:
+            found[record["cell"]][sample.id] = record
     shared = [sample.id for sample in samples if all(sample.id in answers for answers in found.values())]
     return {cell: [answers[name] for name in shared] for cell, answers in found.items()}
 

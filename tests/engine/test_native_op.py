@@ -23,7 +23,7 @@ def test_equals_the_reference(
     operator: str, block_size: int, monkeypatch: pytest.MonkeyPatch, reference: CachedReference
 ) -> None:
     monkeypatch.setenv(decode.CHOICE_VARIABLE, operator)
-    decode.decode_op.cache_clear()
+    decode.uses_native.cache_clear()
     engine = Engine(MODEL, block_size=block_size)
     asks = [ask_of(combination, seed) for seed, combination in enumerate(covering_combinations())][::3]
     try:
@@ -32,4 +32,4 @@ def test_equals_the_reference(
         engine.assert_nothing_in_use()
     finally:
         engine.close()
-        decode.decode_op.cache_clear()
+        decode.uses_native.cache_clear()

@@ -270,7 +270,7 @@ def test_summary_counts(tmp_path: Path) -> None:
     assert total["group_rate"] == total["read_fraction"] == 2 / 16
     assert total["recompute_by_layer"] == [4 / 16, 0]
     text = report.markdown(figures, {"model": "m", "mode": "completion"}, "policies", [])
-    assert "| +CaliDrop .70/.85 | 100.00 | 100.00 | 100.00 | 0.0 |" in text
+    assert "| +CaliDrop .70/.85 | 100.00 | 100.00 | **100.00** | 0.0 |" in text
     assert "| SnapKV | 60.00 | 100.00 | 80.00 |" in text and "Note" not in text
 
 
@@ -282,6 +282,21 @@ def test_other_servers_are_said_not_to_compress(tmp_path: Path) -> None:
     figures = summary.summarize(config, samples, tmp_path)
     text = report.markdown(figures, {"model": "m", "mode": "completion"}, "policies", [])
     assert text.count("4 answers came without a `calidrop` report") == 2
+
+
+def test_answers_to_another_seed_are_not_counted(tmp_path: Path) -> None:
+    samples = {}
+    for seed in (0, 1):
+        tasks = [{"suite": "small", "names": ["single"], "lengths": [96], "count": 3 - seed, "seed": 100 * seed}]
+        config = config_of(tasks=tasks, sweep={"policies": []})
+        samples[seed] = run.samples_for(config, None, None)
+        with Stub(right_answer(samples[seed])) as stub:
+            execute(config, samples[seed], stub, tmp_path)
+    records = read(tmp_path / "results.jsonl")
+    assert len(records) == 5
+    for seed in (0, 1):
+        found = summary.complete(records, samples[seed], cells_of(config.sweep))["full"]
+        assert [record["meta"]["seed"] for record in found] == [s.meta["seed"] for s in samples[seed]]
 
 
 def test_calibration_size_lowers_the_fraction_read() -> None:

@@ -72,6 +72,7 @@ def test_hit_is_the_longest_that_is_safe(hit: int, prompt_len: int, data: st.Dat
     [
         (960, 1000, 27, 32, 864),  # the written blocks bind
         (960, 1000, 30, 64, 928),  # the window binds (936 tokens, whole blocks)
+        (960, 1000, 30, 41, 928),  # 959: one token short of a block
         (96, 1000, 27, 32, 96),  # the hit binds
         (100, 1000, 27, 32, 96),
         (960, 20, 0, 20, 0),

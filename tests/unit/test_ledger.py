@@ -426,7 +426,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(self.workers) == 0
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
+SchedulerMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40)
 TestScheduler = SchedulerMachine.TestCase
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from vllm_calidrop.attention.metadata import PrefillRow
+from vllm_calidrop.attention.ops.decode import column_sums_op, uses_native
 from vllm_calidrop.attention.ops.packed import PackedCache
 from vllm_calidrop.cache.swap import SwapPool
 from vllm_calidrop.calibration import attention_state
 from vllm_calidrop.policies import POLICIES, ScoreInputs, Selection
-from vllm_calidrop.policies.h2o import add_column_sums
 from vllm_calidrop.recall.store import RecallStore
 from vllm_calidrop.state_table import StateTable
 
@@ -29,8 +29,7 @@ def observe_chunk(row: PrefillRow, layer: int, queries: Tensor, cache: PackedCac
         if sums is None:
             sums = torch.zeros((cache.num_kv_heads, record.prompt_len), dtype=torch.float32)
             row.sequence.column_sums[layer] = sums
-        keys, _ = _prompt_kv(row, cache, prompt_end)
-        add_column_sums(sums, queries[: prompt_end - row.done], keys, row.done, scale)
+        column_sums_op()(sums, queries[: prompt_end - row.done], row.blocks, cache, row.done, scale)
     if policy.needs_window_queries:
         _observe_window(row, layer, queries, prompt_end)
 
@@ -47,6 +46,11 @@ def compact(
 ) -> Selection:
     """Compact one layer of a sequence that has attended its last known token; last_query: [Hq, D] of that token."""
     sequence, record = row.sequence, row.sequence.record
+    window_queries, window_sums = sequence.window_queries.pop(layer, None), None
+    if window_queries is not None and uses_native():
+        window_sums = torch.zeros((cache.num_kv_heads, record.prompt_len), dtype=torch.float32)
+        before = record.prompt_len - record.window
+        column_sums_op()(window_sums, window_queries, row.blocks, cache, before, scale)
     keys, values = _prompt_kv(row, cache, record.prompt_len)
     selection = POLICIES[record.policy].select(
         ScoreInputs(
@@ -56,8 +60,9 @@ def compact(
             sinks=record.sinks,
             pool_kernel=record.pool_kernel,
             scale=scale,
-            window_queries=sequence.window_queries.pop(layer, None),
+            window_queries=window_queries,
             column_sums=sequence.column_sums.pop(layer, None),
+            window_sums=window_sums,
         ),
         record.stored,
     )

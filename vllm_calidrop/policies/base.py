@@ -17,6 +17,7 @@ class ScoreInputs:
     keys: [H, P, D], the prompt's keys, any float dtype.
     window_queries: [window, Hq, D], queries of the last `window` prompt positions; given if `needs_window_queries`.
     column_sums: [H, P] float32, H2O's accumulated attention; given if `needs_column_sums`.
+    window_sums: [H, P] float32, the same of the window's queries alone, where an operator has summed it already.
     scale: 1 / sqrt(head_dim) as the model has it.
     """
 
@@ -28,6 +29,7 @@ class ScoreInputs:
     scale: float
     window_queries: Tensor | None = None
     column_sums: Tensor | None = None
+    window_sums: Tensor | None = None
 
     @property
     def prompt_len(self) -> int:

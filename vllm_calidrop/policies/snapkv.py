@@ -16,11 +16,13 @@ class SnapKV(Policy):
     needs_window_queries = True
 
     def importance(self, inputs: ScoreInputs) -> Tensor:
-        assert inputs.window_queries is not None
         heads, prompt_len, _ = inputs.keys.shape
         before = prompt_len - inputs.window
-        votes = torch.zeros((heads, prompt_len), dtype=torch.float32, device=inputs.keys.device)
-        add_column_sums(votes, inputs.window_queries, inputs.keys, before, inputs.scale)
+        votes = inputs.window_sums
+        if votes is None:
+            assert inputs.window_queries is not None
+            votes = torch.zeros((heads, prompt_len), dtype=torch.float32, device=inputs.keys.device)
+            add_column_sums(votes, inputs.window_queries, inputs.keys, before, inputs.scale)
         pooled = torch.nn.functional.avg_pool1d(
             votes[:, :before], inputs.pool_kernel, stride=1, padding=inputs.pool_kernel // 2, count_include_pad=True
         )

@@ -10,6 +10,7 @@ from vllm_calidrop.attention.ops.packed import PackedCache
 from vllm_calidrop.cache.layout import SWAP_BLOCK_TOKENS
 from vllm_calidrop.cache.swap import SwapPool
 from vllm_calidrop.calibration import AttentionState, attention_state, cosine, decide, merge_states
+from vllm_calidrop.policies import h2o
 from vllm_calidrop.state_table import StateTable
 
 # Pairs of (sequence, KV head) are recomputed in groups of at most this many tokens, which bounds the copies.
@@ -42,6 +43,18 @@ def decode(
     if lse is not None:
         lse.copy_(state.lse.flatten(1))
     return state.out.reshape(num_rows, num_heads, head_dim)
+
+
+def add_column_sums(
+    sums: Tensor, queries: Tensor, blocks: Tensor, cache: PackedCache, first_position: int, scale: float
+) -> None:
+    """Add the causal attention of consecutive prompt queries [q, Hq, D] to `sums` [H, P] (policies/h2o.py).
+
+    blocks: int32, the sequence's block table.
+    """
+    tokens = first_position + len(queries)
+    keys, _ = cache.read(blocks[None, : -(-tokens // cache.block_size)])
+    h2o.add_column_sums(sums, queries, keys[0, :, :tokens], first_position, scale)
 
 
 def _calibrate(

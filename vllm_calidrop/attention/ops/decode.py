@@ -1,4 +1,4 @@
-"""Which implementation of the decode operator serves this process: C++ where it can be compiled, else torch."""
+"""Which implementation of the operators serves this process: C++ where it can be compiled, else torch."""
 
 from __future__ import annotations
 
@@ -36,20 +36,38 @@ class DecodeOp(Protocol):
     ) -> Tensor: ...
 
 
-@cache
+class ColumnSumsOp(Protocol):
+    def __call__(
+        self, sums: Tensor, queries: Tensor, blocks: Tensor, cache: PackedCache, first_position: int, scale: float
+    ) -> None: ...
+
+
 def decode_op() -> DecodeOp:
-    """Decided once per process; said in the log."""
+    """The decode operator."""
+    return native.decode if uses_native() else cpu.decode
+
+
+def column_sums_op() -> ColumnSumsOp:
+    """The operator that scores prompt tokens by the attention they received."""
+    return native.add_column_sums if uses_native() else cpu.add_column_sums
+
+
+@cache
+def uses_native() -> bool:
+    """Whether the C++ operators serve this process: decided once, said in the log."""
     choice = os.environ.get(CHOICE_VARIABLE, "auto")
     if choice not in CHOICES:
         raise ValueError(f"{CHOICE_VARIABLE} must be one of {', '.join(CHOICES)}, got {choice!r}")
     if choice == "torch":
-        logger.info("CaliDrop: decode runs in torch (%s=torch)", CHOICE_VARIABLE)
-        return cpu.decode
+        logger.info("CaliDrop: attention over compacted prompts runs in torch (%s=torch)", CHOICE_VARIABLE)
+        return False
     try:
         native.load()
     except native.build.BuildError as error:
         if choice == "native":
             raise
-        logger.warning("CaliDrop: decode runs in torch, several times slower than compiled: %s", error)
-        return cpu.decode
-    return native.decode
+        logger.warning(
+            "CaliDrop: attention over compacted prompts runs in torch, several times slower than compiled: %s", error
+        )
+        return False
+    return True

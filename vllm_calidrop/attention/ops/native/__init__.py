@@ -44,6 +44,23 @@ class _Arguments(ctypes.Structure):
     ]
 
 
+class _ColumnArguments(ctypes.Structure):
+    """columns.cpp::ColumnArguments, where the fields are explained."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("dtype", "key_layout", "threads", "amx")),
+        *((name, ctypes.c_int64) for name in ("queries", "first_position", "kv_heads", "group", "head_dim")),
+        ("block_size", ctypes.c_int64),
+        ("scale", ctypes.c_double),
+        ("query", ctypes.c_void_p),
+        ("token_stride", ctypes.c_int64),
+        ("cache", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("block_stride", "head_stride")),
+        *((name, ctypes.c_void_p) for name in ("blocks", "sums")),
+        ("sums_stride", ctypes.c_int64),
+    ]
+
+
 @cache
 def load() -> ctypes.CDLL:
     """The compiled library; raises `build.BuildError` where it cannot be had."""
@@ -54,6 +71,9 @@ def load() -> ctypes.CDLL:
     library.calidrop_decode.argtypes = [ctypes.POINTER(_Arguments)]
     library.calidrop_arguments_bytes.restype = ctypes.c_int64
     assert library.calidrop_arguments_bytes() == ctypes.sizeof(_Arguments)
+    library.calidrop_add_column_sums.argtypes = [ctypes.POINTER(_ColumnArguments)]
+    library.calidrop_column_arguments_bytes.restype = ctypes.c_int64
+    assert library.calidrop_column_arguments_bytes() == ctypes.sizeof(_ColumnArguments)
     return library
 
 
@@ -85,6 +105,48 @@ def decode(
     status = load().calidrop_decode(ctypes.byref(arguments))
     assert status == 0, status
     return out
+
+
+def add_column_sums(
+    sums: Tensor, queries: Tensor, blocks: Tensor, cache: PackedCache, first_position: int, scale: float
+) -> None:
+    """As `ops/cpu.py::add_column_sums`, with the keys read in their blocks."""
+    layouts = _layouts(cache.isa, cache.block_size, cache.head_dim, cache.tensor.dtype)
+    if layouts is None or queries.dtype != cache.tensor.dtype:
+        return cpu.add_column_sums(sums, queries, blocks, cache, first_position, scale)
+    if queries.stride(1) != cache.head_dim or queries.stride(2) != 1:
+        queries = queries.contiguous()
+    assert blocks.dtype == torch.int32 and blocks.stride(0) == 1 and sums.stride(1) == 1
+    assert blocks.numel() * cache.block_size >= first_position + len(queries) <= sums.shape[1]
+    arguments = _ColumnArguments(
+        dtype=DTYPES[queries.dtype],
+        key_layout=layouts[0],
+        threads=torch.get_num_threads(),
+        amx=layouts[0] == KEY_PAIRS and cache.block_size % 32 == 0 and cache.head_dim % 32 == 0 and _matrix_unit(),
+        queries=len(queries),
+        first_position=first_position,
+        kv_heads=cache.num_kv_heads,
+        group=queries.shape[1] // cache.num_kv_heads,
+        head_dim=cache.head_dim,
+        block_size=cache.block_size,
+        scale=scale,
+        query=queries.data_ptr(),
+        token_stride=queries.stride(0),
+        cache=cache.tensor.data_ptr(),
+        block_stride=cache.tensor.stride(0),
+        head_stride=cache.tensor.stride(1),
+        blocks=blocks.data_ptr(),
+        sums=sums.data_ptr(),
+        sums_stride=sums.stride(0),
+    )
+    status = load().calidrop_add_column_sums(ctypes.byref(arguments))
+    assert status == 0, status
+
+
+@cache
+def _matrix_unit() -> bool:
+    """Whether the library was built with AMX and the system lets this process use it."""
+    return bool(load().calidrop_has_amx()) and bool(torch.cpu._init_amx())
 
 
 def _arguments_of(rows: DecodeRows) -> Any:

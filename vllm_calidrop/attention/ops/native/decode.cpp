@@ -9,7 +9,6 @@ namespace {
 constexpr int kPageTokens = 16;
 constexpr int kCounters = 4;  // recomputes, merges, plain, group_reads
 enum Gate { kGroup = 0, kHead = 1, kGroupMean = 2 };
-enum DType { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 }  // namespace
 

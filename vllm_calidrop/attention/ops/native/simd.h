@@ -1,5 +1,9 @@
-// Sixteen floats at a time, in the compiler's vector extensions: no intrinsics, so any CPU the compiler knows will do.
+// Sixteen floats at a time, in the compiler's vector extensions, so that any CPU the compiler knows will do.
 #pragma once
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #include <cmath>
 #include <cstdint>
@@ -92,9 +96,13 @@ inline float maximum(Floats v) {
 
 // exp(x) for x <= 0, within 2 units in the last place; 0 below -87 and for -inf.
 inline Floats exp_nonpositive(Floats x) {
+#if defined(__AVX512F__)
+  const Floats n = _mm512_maskz_roundscale_ps(0xffff, x * 1.44269504088896341f, 0);
+#else
   const Floats magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Floats shifted = x * 1.44269504088896341f + magic;
   const Floats n = shifted - magic;
+#endif
   const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   Floats p = broadcast(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
@@ -103,8 +111,12 @@ inline Floats exp_nonpositive(Floats x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
+#if defined(__AVX512F__)
+  return _mm512_mask_scalef_ps(Floats{}, _mm512_cmp_ps_mask(x, broadcast(-87.0f), _CMP_GE_OQ), p, n);
+#else
   const Floats scaled = (Floats)((Ints)p + (((Ints)shifted - (Ints)magic) << 23));
   return x < -87.0f ? Floats{} : scaled;
+#endif
 }
 
 }  // namespace calidrop

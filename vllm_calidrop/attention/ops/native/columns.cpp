@@ -1,0 +1,217 @@
+// How much attention each prompt token received from some queries: causal softmax rows, summed per column and KV head.
+// The meaning is policies/h2o.py::add_column_sums'; keys are read in vLLM's blocks, and no more than kRows rows exist.
+
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__)
+#define CALIDROP_AMX 1
+#include <immintrin.h>
+#endif
+
+#include "attend.h"
+
+namespace calidrop {
+
+// The fields, their order and their types are those of native/__init__.py::_ColumnArguments.
+extern "C" struct ColumnArguments {
+  int64_t dtype, key_layout, threads, amx;
+  int64_t queries, first_position, kv_heads, group, head_dim, block_size;
+  double scale;
+  const void* query;  // [queries, kv_heads * group, D], tokens token_stride apart
+  int64_t token_stride;
+  const void* cache;
+  int64_t block_stride, head_stride;
+  const int32_t* blocks;  // the sequence's columns
+  float* sums;            // [kv_heads, >= first_position + queries], heads sums_stride apart
+  int64_t sums_stride;
+};
+
+namespace {
+
+constexpr int kRows = 32;  // query rows whose logits are held at once
+
+#if CALIDROP_AMX
+struct alignas(64) TileShapes {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Tile registers in our shape while it lives; others (oneDNN) find the shape they had configured.
+class Tiles {
+ public:
+  Tiles() {
+    _tile_storeconfig(before_);
+    const TileShapes shapes;
+    _tile_loadconfig(&shapes);
+  }
+  ~Tiles() {
+    if (before_[0])
+      _tile_loadconfig(before_);
+    else
+      _tile_release();
+  }
+
+ private:
+  alignas(64) uint8_t before_[64] = {};
+};
+
+// Logits of 32 queries [32, D] for 32 tokens of the paired layout.
+inline void matrix_logits(const bf16* keys, int head_dim, const bf16* query, float* out, long stride) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int d = 0; d < head_dim; d += 32) {
+    _tile_loadd(4, query + d, head_dim * sizeof(bf16));
+    _tile_loadd(5, query + 16 * head_dim + d, head_dim * sizeof(bf16));
+    _tile_loadd(6, keys + d * kLanes, 64);
+    _tile_loadd(7, keys + kLanes * head_dim + d * kLanes, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, out, stride * sizeof(float));
+  _tile_stored(1, out + kLanes, stride * sizeof(float));
+  _tile_stored(2, out + 16 * stride, stride * sizeof(float));
+  _tile_stored(3, out + 16 * stride + kLanes, stride * sizeof(float));
+}
+#else
+struct Tiles {
+  Tiles() {}
+};
+inline void matrix_logits(const bf16*, int, const bf16*, float*, long) {}
+#endif
+
+template <class T, int K>
+class Columns {
+ public:
+  explicit Columns(const ColumnArguments& a) : a_(a), head_dim_(int(a.head_dim)), width_(int(a.block_size)) {
+    const int64_t most = a.first_position + a.queries;
+    stride_ = (most + width_ - 1) / width_ * width_ + kLanes;  // not a power of two: rows share no cache set
+    logits_.resize(kRows * stride_);
+    query_.resize(kRows * head_dim_);
+    packed_.resize(kRows * head_dim_);
+  }
+
+  void add(int64_t kv_head) {
+    for (int64_t h = kv_head * a_.group; h < (kv_head + 1) * a_.group; h++)
+      for (int64_t start = 0; start < a_.queries; start += kRows) {
+        const int rows = int(std::min<int64_t>(kRows, a_.queries - start));
+        const int64_t seen = a_.first_position + start + rows;
+        take_queries(h, start, rows);
+        logits(kv_head, rows, seen);
+        for (int row = 0; row < rows; row++) shares_[row] = softmax(row, seen - rows + row + 1, seen);
+        add_rows(a_.sums + kv_head * a_.sums_stride, rows, seen);
+      }
+  }
+
+ private:
+  void take_queries(int64_t head, int64_t start, int rows) {
+    if (a_.amx) std::fill(packed_.begin(), packed_.end(), T{});
+    for (int row = 0; row < rows; row++) {
+      const T* from = (const T*)a_.query + (start + row) * a_.token_stride + head * head_dim_;
+      if (a_.amx)
+        std::copy_n(from, head_dim_, packed_.data() + row * head_dim_);
+      else
+        for (int d = 0; d < head_dim_; d++) query_[row * head_dim_ + d] = to_float(from[d]);
+    }
+  }
+
+  void logits(int64_t kv_head, int rows, int64_t seen) {
+    for (int64_t base = 0; base < seen; base += width_) {
+      const T* keys = (const T*)a_.cache + a_.blocks[base / width_] * a_.block_stride + kv_head * a_.head_stride;
+      const int last = int(std::min<int64_t>(width_, seen - base));
+      float* out = logits_.data() + base;
+      if constexpr (K == kKeyPairs)
+        if (a_.amx) {
+          for (int t = 0; t < last; t += 2 * kLanes)
+            matrix_logits(keys + t * head_dim_, head_dim_, packed_.data(), out + t, stride_);
+          continue;
+        }
+      tile_logits<K>(Tile<T>{keys, nullptr, 0, last}, width_, head_dim_, query_.data(), rows, out, stride_);
+    }
+  }
+
+  // Logits of a row become exp(scale * (logit - maximum)), 0 beyond its `own` columns; returns 1 over group and sum.
+  float softmax(int row, int64_t own, int64_t seen) {
+    float* at = logits_.data() + row * stride_;
+    const int64_t padded = (seen + kLanes - 1) / kLanes * kLanes;
+    std::fill(at + own, at + padded, -kInf);
+    Floats tops = broadcast(-kInf);
+    for (int64_t t = 0; t < padded; t += kLanes) tops = max(tops, load(at + t));
+    const float top = maximum(tops), scale = float(a_.scale);
+    Floats totals = {};
+    for (int64_t t = 0; t < padded; t += kLanes) {
+      const Floats weight = exp_nonpositive((load(at + t) - top) * scale);
+      store(at + t, weight);
+      totals += weight;
+    }
+    return 1.0f / (sum(totals) * float(a_.group));
+  }
+
+  void add_rows(float* sums, int rows, int64_t seen) {
+    for (int64_t t = 0; t < seen; t += kLanes) {
+      Floats total = {};
+      for (int row = 0; row < rows; row++) total += load(logits_.data() + row * stride_ + t) * shares_[row];
+      for (int i = 0; i < kLanes && t + i < seen; i++) sums[t + i] += total[i];
+    }
+  }
+
+  const ColumnArguments& a_;
+  int head_dim_, width_;
+  long stride_;
+  float shares_[kRows];
+  std::vector<float> logits_, query_;
+  std::vector<T> packed_;
+};
+
+template <class T, int K>
+void add_columns(const ColumnArguments& a) {
+#pragma omp parallel num_threads(int(a.threads)) if (a.threads > 1 && a.kv_heads > 1)
+  {
+    Columns<T, K> columns(a);
+    const auto work = [&] {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t kv_head = 0; kv_head < a.kv_heads; kv_head++) columns.add(kv_head);
+    };
+    if (a.amx) {
+      const Tiles tiles;
+      work();
+    } else {
+      work();
+    }
+  }
+}
+
+}  // namespace
+
+// Whether this build has matrix instructions; the caller must have asked the system for them (a.amx).
+extern "C" int calidrop_has_amx() {
+#if CALIDROP_AMX
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+// 0, or 1 where there is no kernel for the element type and layout.
+extern "C" int calidrop_add_column_sums(const ColumnArguments* a) {
+  if (a->head_dim % kLanes || a->block_size % kLanes) return 1;
+  if (a->dtype == kFloat32 && a->key_layout == kKeyTransposed)
+    add_columns<float, kKeyTransposed>(*a);
+  else if (a->dtype == kBFloat16 && a->key_layout == kKeyTransposed)
+    add_columns<bf16, kKeyTransposed>(*a);
+  else if (a->dtype == kBFloat16 && a->key_layout == kKeyPairs)
+    add_columns<bf16, kKeyPairs>(*a);
+#if CALIDROP_HAS_FP16
+  else if (a->dtype == kFloat16 && a->key_layout == kKeyTransposed)
+    add_columns<fp16, kKeyTransposed>(*a);
+#endif
+  else
+    return 1;
+  return 0;
+}
+
+extern "C" int64_t calidrop_column_arguments_bytes() { return sizeof(ColumnArguments); }
+
+}  // namespace calidrop
