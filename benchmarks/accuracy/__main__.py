@@ -14,7 +14,7 @@ import asyncio
 import json
 import signal
 import sys
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -45,18 +45,22 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a server started here is stopped
     config = configuration.load(args.config)
     folder = args.out or RESULTS / config.name
-    tokenizer = args.tokenizer or (config.server and (config.server.tokenizer or config.server.model))
+    served = config.server
+    tokenizer: str | None = args.tokenizer or (served.tokenizer or served.model if served else None)
     samples = run.samples_for(config, tokenizer, args.limit)
     if args.dry_run:
         print(_estimate(config, len(samples), folder))
         return 0
     failures: list[str] = []
     if not args.report_only:
-        if config.server is None and args.base_url is None:
+        if args.base_url is not None:
+            serving: AbstractContextManager[str] = nullcontext(args.base_url)
+        elif served is not None:
+            serving = server.serving(served, folder / "server.log")
+        else:
             parser.error("the configuration has no [server]: give --base-url")
         _claim(config, folder, args.base_url)
-        starting = server.serving(config.server, folder / "server.log") if args.base_url is None else None
-        with starting or nullcontext(args.base_url) as base_url:
+        with serving as base_url:
             failures = asyncio.run(run.execute(config, samples, base_url, folder, args.model))
     write_report(config, samples, folder)
     print(f"{folder / 'report.md'}")

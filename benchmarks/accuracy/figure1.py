@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
@@ -106,7 +107,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="default: benchmarks/accuracy/results/figure1")
     args = parser.parse_args()
     config = configuration.load(args.config)
-    name = args.model or (config.server and config.server.model)
+    name: str | None = args.model or (config.server.model if config.server else None)
     if name is None:
         parser.error("the configuration has no [server]: give --model")
     folder = args.out or Path(__file__).parent / "results" / "figure1"
@@ -180,7 +181,7 @@ def draw(figures: dict[str, Any], heatmap: np.ndarray, place: tuple[int, int], f
         ax.plot(layers, figures["l1_calibrated"], color="#009e73", label="calibrated")
     ax.set(xlabel="layer", ylabel="L1 error of the attention output")
     ax.set_title(f"SnapKV, KV size {figures['budget']}, {figures['prompts']} prompts", fontsize=9)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend()
     plots.save(figure, folder, "l1_error.png")
 

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks.accuracy.cells import NAMES, REUSE_OFF
 from benchmarks.accuracy.store import read
@@ -156,7 +157,7 @@ def _rate_by_layer(summary: dict[str, Any], length: str, folder: Path) -> list[P
         ax.plot(range(len(rates)), rates, marker=MARKERS[i % 6], markersize=4, color=colour, label=f"θ₁ = {theta1:g}")
     ax.set(xlabel="layer", ylabel="recomputed, share of decisions", ylim=(0, 1.02))
     ax.set_title(f"{NAMES[policy]}, KV size {budget}", fontsize=9)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, folder, name := f"recompute_by_layer_{length}.png")
     return [(f"Recompute rate by layer and theta1{_of(length)} (the paper's Fig. 3b).", name)]
@@ -250,5 +251,6 @@ def _map_figure(
         axes_of_line[0].set_ylabel("depth, %")
     for ax in axes[-1]:
         ax.set_xlabel("tokens")
+    assert image is not None
     figure.colorbar(image, ax=axes, shrink=0.8, label="found")
     save(figure, folder, name)

@@ -21,30 +21,39 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from benchmarks.small_model import language
 
+Items = list[language.Sample]
 SEED = 10_000  # first seed of the test items; training and its own validation use others
 
 
 @torch.no_grad()
-def exact_match(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: list[language.Sample], batch: int
-) -> float:
-    """Share of samples answered exactly; all prompts are equally long, so none is padded."""
+def exact_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Items, size: int) -> float:
+    """Share of items answered exactly; all prompts are equally long, so none is padded."""
     right = 0
-    for first in range(0, len(samples), batch):
-        part = samples[first : first + batch]
+    for first in range(0, len(items), size):
+        part = items[first : first + size]
         prompts = tokenizer([s.prompt for s in part], return_tensors="pt")
         answers = tokenizer([s.answer for s in part]).input_ids
         longest = max(map(len, answers))
         out = model.generate(**prompts, max_new_tokens=longest, do_sample=False)
         for row, answer in zip(out[:, prompts.input_ids.shape[1] :].tolist(), answers, strict=True):
             right += row[: len(answer)] == answer  # an answer is closed by `<end>`: nothing of it follows
-    return right / len(samples)
+    return right / len(items)
 
 
 @torch.no_grad()
-def query_cosine(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: list[language.Sample]
-) -> list[float]:
+def forced_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Items) -> float:
+    """The same figure from one forward pass per sample: greedy is exact iff every argmax is right."""
+    right = 0
+    for sample in items:
+        ids = tokenizer(f"{sample.prompt} {sample.answer}", return_tensors="pt").input_ids
+        length = len(sample.answer.split())
+        guess = model(ids[:, :-1], logits_to_keep=length).logits.argmax(-1)
+        right += guess.tolist() == ids[:, -length:].tolist()
+    return right / len(items)
+
+
+@torch.no_grad()
+def query_cosine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, items: Items) -> list[float]:
     """Mean cos(q_t, q_{t-1}) over the answers' query positions, by layer."""
     config, seen = model.config, []
     hooks = [
@@ -52,7 +61,7 @@ def query_cosine(
         for layer in model.model.layers
     ]
     total, count = torch.zeros(config.num_hidden_layers), 0
-    for sample in samples:
+    for sample in items:
         ids = tokenizer(f"{sample.prompt} {sample.answer}", return_tensors="pt").input_ids[:, :-1]
         length = len(sample.answer.split())
         seen.clear()
@@ -77,6 +86,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--batch", type=int, default=25)
+    parser.add_argument("--forced", action="store_true", help="one forward pass per item")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="where the figures are written")
     args = parser.parse_args()
@@ -91,9 +101,12 @@ def main() -> None:
     for task in args.tasks:
         scores = {}
         for n in args.tokens:
-            samples = [language.make(task, n, args.seed + i) for i in range(args.count)]
-            scores[n] = exact_match(model, tokenizer, samples, args.batch)
-        cosine = query_cosine(model, tokenizer, samples[:50])
+            items = [language.make(task, n, args.seed + i) for i in range(args.count)]
+            if args.forced:
+                scores[n] = forced_match(model, tokenizer, items)
+            else:
+                scores[n] = exact_match(model, tokenizer, items, args.batch)
+        cosine = query_cosine(model, tokenizer, items[:50])
         figures["exact_match"][task], figures["query_cosine"][task] = scores, cosine
         row = "".join(f"{scores[n]:8.3f}" for n in args.tokens)
         print(f"{task:18}{row}   " + " ".join(f"{c:.2f}" for c in cosine), flush=True)
@@ -101,6 +114,7 @@ def main() -> None:
         "count": args.count,
         "seed": args.seed,
         "dtype": args.dtype,
+        "forced": args.forced,
         "seconds": round(time.time() - start),
     }
     if args.json:

@@ -1,6 +1,6 @@
 """Trains the small model: short texts first, then longer ones, then a stage that makes queries smooth.
 
-    python -m benchmarks.small_model.train --out /tmp/small_model
+    python -m benchmarks.small_model.train --out DIRECTORY
 
 One stage per text length; the next begins when the moving answer accuracy passes 0.95, never by time. Every
 stage is saved as `<out>/<stage>.pt` and a second start resumes after the last one saved. `plain` is the model
@@ -28,6 +28,9 @@ MUON_LR, ADAMW_LR = 0.02, 1.5e-3
 OTHER_WEIGHT = 0.1  # loss weight of a word that is not in an answer
 SOLVED = 0.95  # moving answer accuracy at which texts get longer
 VALIDATION_SEED = 10**6
+# The first layers only: layers 2 and 3 retrieve. Penalised too, they bury what they look for under a constant part, and
+# no gate on the similarity of queries can tell any more when they need something else (README.md).
+SMOOTH_LAYERS = 2
 LAGS, TARGET_COSINE, SMOOTH_WEIGHT = (1, 3, 6), 0.9, 0.3
 
 
@@ -53,7 +56,7 @@ STAGES = (
     Stage("t512", 512, 12, share=LONG),
     Stage("t1152", 1152, 6, share=LONG),
     Stage("plain", 1152, 6, share=LONG, steps=450, rate=(1.0, 0.05)),
-    Stage("smooth", 1152, 6, share=(0.5, 0.92), steps=760, rate=(0.7, 0.0), smooth=True, warmup=20),
+    Stage("smooth", 1152, 6, share=(0.5, 0.92), steps=600, rate=(0.7, 0.0), smooth=True, warmup=20),
 )
 
 
@@ -66,13 +69,13 @@ def batch_of(stage: Stage, step: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def roughness(queries: list[Tensor]) -> Tensor:
-    """Mean relu(0.9 - cos(q_t, q_{t - lag})) over layers, heads and lags; queries: per layer [B, T, H, D]."""
+    """Mean relu(0.9 - cos(q_t, q_{t - lag})) over smoothed layers, heads, lags; queries: per layer [B, T, H, D]."""
     total = torch.zeros(())
-    for q in queries:
+    for q in queries[:SMOOTH_LAYERS]:
         unit = F.normalize(q.float(), dim=-1)
         for lag in LAGS:
             total = total + (TARGET_COSINE - (unit[:, lag:] * unit[:, :-lag]).sum(-1)).relu().mean()
-    return total / (len(queries) * len(LAGS))
+    return total / (SMOOTH_LAYERS * len(LAGS))
 
 
 @torch.no_grad()

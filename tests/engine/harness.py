@@ -188,7 +188,7 @@ def misplaced(answer: Answer, expected: Result) -> int:
     )
 
 
-# Sharp attention gives H2O tied scores (tokens only they themselves attend to): which of them stay is up to rounding.
+# Sharp attention gives H2O tied scores (tokens only they attend to): rounding decides which of them stay.
 TIED_TOKENS = 4
 
 

@@ -14,6 +14,7 @@ import random
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -268,12 +269,12 @@ def qa(draft: Draft, name: str) -> Question:
 
 # name -> generator, metric, reply length
 GENERATORS: dict[str, tuple[Callable[[Draft], Question], str, int]] = {
-    **{name: (lambda draft, spec=spec: niah(draft, spec), "all_in", NEEDLE_LIMIT) for name, spec in NIAH.items()},
+    **{name: (partial(niah, spec=spec), "all_in", NEEDLE_LIMIT) for name, spec in NIAH.items()},
     "vt": (vt, "all_in", 30),
     "cwe": (cwe, "all_in", 120),
     "fwe": (fwe, "all_in", 50),
-    "qa_1": (lambda draft: qa(draft, "qa_1"), "any_in", 32),
-    "qa_2": (lambda draft: qa(draft, "qa_2"), "any_in", 32),
+    "qa_1": (partial(qa, name="qa_1"), "any_in", 32),
+    "qa_2": (partial(qa, name="qa_2"), "any_in", 32),
 }
 
 
