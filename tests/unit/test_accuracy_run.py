@@ -305,6 +305,16 @@ def test_calibration_size_lowers_the_fraction_read() -> None:
     assert figures["read_fraction"] == figures["group_rate"] * 8 / 32
 
 
+def test_rows_by_pages() -> None:
+    """What they ask for, and the part of the evicted KV their pages are."""
+    cells = cells_of(Sweep(policies=["snapkv"], recall=[{}, {"kv_recall_buffer": 4, "kv_recall_theta": 0.5}]))
+    assert [cell.label for cell in cells[-2:]] == ["+pages", "+pages buffer 4 theta 0.5"]
+    assert cells[-1].fields.items() >= {"kv_recall": "pages", "kv_recall_buffer": 4, "kv_budget": 64}.items()
+    report = report_of({"kv_budget": 64}) | {"pages_read": 3}
+    entry = {"completion_tokens": 5, "prompt_tokens": 96, "recall": True, "report": report}
+    assert summary.cost([entry], summary.ModelShape(kv_heads=2))["read_fraction"] == 3 * 16 / 32 / 16
+
+
 def test_interval_of_a_mean() -> None:
     """Against the normal approximation; all right is certain."""
     scores = {"a": [1.0] * 50 + [0.0] * 50}
