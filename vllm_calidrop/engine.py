@@ -11,8 +11,13 @@ from vllm_calidrop.cache.ledger import Ledger, Shape
 from vllm_calidrop.cache.spec import CaliDropSpec
 from vllm_calidrop.memory import (
     ModelShape,
+    PoolSizes,
+    buffer_page_bytes,
     default_swap_bytes,
     footprint,
+    recall_pool_bytes,
+    recall_pools,
+    sketch_block_bytes,
     swap_block_bytes,
     swap_bytes_beside,
 )
@@ -37,14 +42,14 @@ def make_ledger(vllm_config: Any, kv_cache_config: Any) -> Ledger:
             num_query_heads=shape.num_query_heads,
             kv_bytes_per_token=2 * shape.head_dim * shape.dtype.itemsize,
         ),
-        num_swap_blocks=kv_cache_config.calidrop_swap_blocks,
+        pools=kv_cache_config.calidrop_pools,
         num_slots=_num_slots(vllm_config),
         prefill_state_limit=_settings(vllm_config).prefill_state_bytes,
     )
 
 
-def make_worker(worker: Any, num_swap_blocks: int) -> CaliDropWorker:
-    """One rank's state table, swap pool and sequences, on the layers vLLM bound to its KV cache."""
+def make_worker(worker: Any, pools: PoolSizes) -> CaliDropWorker:
+    """One rank's state table, pools and sequences, on the layers vLLM bound to its KV cache."""
     runner = worker.model_runner
     (group,) = runner.kv_cache_config.kv_cache_groups
     return CaliDropWorker(
@@ -52,12 +57,12 @@ def make_worker(worker: Any, num_swap_blocks: int) -> CaliDropWorker:
         list(group.layer_names),
         _model_shape(worker.vllm_config, runner.kv_cache_config),
         _num_slots(worker.vllm_config),
-        num_swap_blocks,
+        pools,
     )
 
 
-def size_swap_pool(vllm_config: Any, kv_cache_config: Any) -> int:
-    """Swap blocks of this engine, per rank; refuses what cannot fit. Logged, because it is a promise of memory."""
+def size_pools(vllm_config: Any, kv_cache_config: Any) -> PoolSizes:
+    """The pools of this engine, per rank; refuses what cannot fit. Logged, because it is a promise of memory."""
     refuse_groups(kv_cache_config)
     spec, shape, settings = (
         _spec(kv_cache_config),
@@ -77,33 +82,41 @@ def size_swap_pool(vllm_config: Any, kv_cache_config: Any) -> int:
             '--additional-config \'{"calidrop": {"swap_bytes": ...}}\''
         )
     blocks = int(swap // swap_block_bytes(shape))
+    sketch_blocks, buffer_pages = recall_pools(kv_pool, blocks, shape, _num_slots(vllm_config), settings)
     ours = footprint(shape, _num_slots(vllm_config), settings)
     logger.info(
         "CaliDrop: swap pool %.2f GiB (%d blocks) per rank, KV pool %.2f GiB, state table %.1f MiB, "
-        "prefill state up to %.1f MiB, scratch up to %.1f MiB",
+        "prefill state up to %.1f MiB, scratch up to %.1f MiB; recall by pages: sketches %.1f MiB (%d blocks), "
+        "page buffers %.1f MiB (%d pages), means %.1f MiB",
         blocks * swap_block_bytes(shape) / GIB,
         blocks,
         kv_pool / GIB,
         ours.state_table / 2**20,
         ours.prefill_state / 2**20,
         ours.scratch / 2**20,
+        sketch_blocks * sketch_block_bytes(shape) / 2**20,
+        sketch_blocks,
+        buffer_pages * buffer_page_bytes(shape) / 2**20,
+        buffer_pages,
+        ours.recall / 2**20,
     )
-    return blocks
+    return PoolSizes(blocks, sketch_blocks, buffer_pages)
 
 
 def leave_room(vllm_config: Any, worker: Any, available: int) -> int:
-    """What of `available` bytes the KV pool may take. On CPU the swap pool comes out of the same memory.
+    """What of `available` bytes the KV pool may take beside all of ours. On CPU that includes the swap pool.
 
     A KV pool of fixed size is not shrunk: the sum is checked instead.
     """
-    shape, settings = _shape_of_runner(worker), _settings(vllm_config)
-    ours = footprint(shape, _num_slots(vllm_config), settings).total
+    shape, settings, num_slots = _shape_of_runner(worker), _settings(vllm_config), _num_slots(vllm_config)
+    ours = footprint(shape, num_slots, settings).total
+    ours += recall_pool_bytes(recall_pools(max(0, available - ours), None, shape, num_slots, settings), shape)
     free_host = psutil.virtual_memory().available
     if vllm_config.cache_config.kv_cache_memory_bytes is not None:
         needed = available + ours + (settings.swap_bytes or 0)
         if needed > free_host:
             raise ValueError(
-                f"calidrop: the fixed KV pool ({available / GIB:.2f} GiB), the state table and scratch "
+                f"calidrop: the fixed KV pool ({available / GIB:.2f} GiB), state table, sketches and scratch "
                 f"({ours / GIB:.2f} GiB) and swap_bytes ({(settings.swap_bytes or 0) / GIB:.2f} GiB) are more than the "
                 f"free memory ({free_host / GIB:.2f} GiB)"
             )
@@ -112,8 +125,8 @@ def leave_room(vllm_config: Any, worker: Any, available: int) -> int:
     rest -= swap_bytes_beside(max(rest, 0), free_host, settings)
     if rest <= 0:
         raise ValueError(
-            f"calidrop: nothing of the available {available / GIB:.2f} GiB is left for the KV pool after the state "
-            f"table and scratch ({ours / GIB:.2f} GiB) and the swap pool; lower --max-num-seqs or swap_bytes"
+            f"calidrop: nothing of the available {available / GIB:.2f} GiB is left for the KV pool after state table, "
+            f"sketches and scratch ({ours / GIB:.2f} GiB) and the swap pool; lower --max-num-seqs or swap_bytes"
         )
     return rest
 

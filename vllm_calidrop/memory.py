@@ -8,12 +8,17 @@ import torch
 
 from vllm_calidrop.cache.swap import SwapPool
 from vllm_calidrop.policies.h2o import QUERY_TILE
-from vllm_calidrop.settings import ServerSettings
+from vllm_calidrop.recall.sketch import padded_dim
+from vllm_calidrop.recall.store import RecallStore
+from vllm_calidrop.settings import DEFAULT_PAGES, ServerSettings
 from vllm_calidrop.state_table import StateTable
 
 # Without --additional-config: the swap pool is at most twice the KV pool and at most this part of free host memory.
 SWAP_PER_KV = 2
 SWAP_OF_FREE_HOST = 0.5
+# And of recall by pages, on the device: sketches and page buffers, as parts of the KV pool.
+SKETCH_PER_KV = 1 / 16
+BUFFER_PER_KV = 1 / 32
 
 
 @dataclass(frozen=True)
@@ -29,16 +34,26 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
+class PoolSizes:
+    """Capacities on one rank: swap blocks on the host; sketch blocks and buffer pages (recall) on the device."""
+
+    swap_blocks: int
+    sketch_blocks: int
+    buffer_pages: int
+
+
+@dataclass(frozen=True)
 class Footprint:
-    """Bytes beside the KV pool and the swap pool, on one rank."""
+    """Bytes beside the KV pool and the pools of PoolSizes, on one rank. recall: means and flags of recall by pages."""
 
     state_table: int
+    recall: int
     prefill_state: int
     scratch: int
 
     @property
     def total(self) -> int:
-        return self.state_table + self.prefill_state + self.scratch
+        return self.state_table + self.recall + self.prefill_state + self.scratch
 
 
 def footprint(shape: ModelShape, num_slots: int, settings: ServerSettings) -> Footprint:
@@ -49,11 +64,44 @@ def footprint(shape: ModelShape, num_slots: int, settings: ServerSettings) -> Fo
     kv = shape.num_kv_heads * tokens * 2 * shape.head_dim * (3 * item + 4)
     # Logits and their softmax for one tile of queries.
     scores = 2 * shape.num_query_heads * QUERY_TILE * tokens * 4
-    return Footprint(num_slots * slot, settings.prefill_state_bytes, kv + scores)
+    # The evicted keys centred, rotated, normalised and as magnitudes, in fp32, when they are sketched.
+    sketch = shape.num_kv_heads * tokens * padded_dim(shape.head_dim) * 4 * 4
+    recall = num_slots * RecallStore.slot_bytes(shape.num_layers, shape.num_kv_heads, shape.head_dim)
+    return Footprint(num_slots * slot, recall, settings.prefill_state_bytes, kv + scores + sketch)
 
 
 def swap_block_bytes(shape: ModelShape) -> int:
     return SwapPool.block_bytes(shape.num_layers, shape.num_kv_heads, shape.head_dim, shape.dtype)
+
+
+def sketch_block_bytes(shape: ModelShape) -> int:
+    return RecallStore.sketch_block_bytes(shape.num_layers, shape.num_kv_heads, shape.head_dim)
+
+
+def buffer_page_bytes(shape: ModelShape) -> int:
+    return RecallStore.buffer_page_bytes(shape.num_layers, shape.num_kv_heads, shape.head_dim, shape.dtype)
+
+
+def recall_pools(
+    kv_pool_bytes: int, swap_blocks: int | None, shape: ModelShape, num_slots: int, settings: ServerSettings
+) -> tuple[int, int]:
+    """Sketch blocks and buffer pages: what the operator gave, else a part of the KV pool and at most what can be used.
+
+    swap_blocks: the swap pool's, None while they are not known.
+    """
+    sketch = settings.sketch_bytes
+    if sketch is None:
+        sketch = int(SKETCH_PER_KV * kv_pool_bytes)
+        if swap_blocks is not None:
+            sketch = min(sketch, swap_blocks * sketch_block_bytes(shape))
+    buffer = settings.buffer_bytes
+    if buffer is None:
+        buffer = min(int(BUFFER_PER_KV * kv_pool_bytes), num_slots * DEFAULT_PAGES * buffer_page_bytes(shape))
+    return sketch // sketch_block_bytes(shape), buffer // buffer_page_bytes(shape)
+
+
+def recall_pool_bytes(pools: tuple[int, int], shape: ModelShape) -> int:
+    return pools[0] * sketch_block_bytes(shape) + pools[1] * buffer_page_bytes(shape)
 
 
 def default_swap_bytes(kv_pool_bytes: int, free_host_bytes: int) -> int:

@@ -11,8 +11,25 @@ import numpy as np
 RECORDS_ATTRIBUTE = "calidrop"
 COUNTERS_ATTRIBUTE = "calidrop_counters"
 
-# Columns of the counters, per layer: decisions of query heads, then reads of KV head groups.
-COUNTERS = ("recomputes", "merges", "plain", "group_reads")
+# Columns of the counters, per layer: decisions of query heads, reads of KV head groups, 16-token pages read by those.
+# pages_read is counted for recall by pages; otherwise it follows from group_reads (cache/ledger.py).
+COUNTERS = ("recomputes", "merges", "plain", "group_reads", "pages_read")
+
+
+@dataclass(frozen=True)
+class RecallRecord:
+    """How one sequence recalls pages, and what it holds for that on the device (vllm_calidrop/recall).
+
+    theta: the look gate. top_p: None for the top-k choice. most: pages of one look. sketch_blocks: as many as swap
+    blocks; buffer_ids: one per place of its page buffer, each for every layer and KV head.
+    """
+
+    theta: float
+    eps: float
+    top_p: float | None
+    most: int
+    sketch_blocks: tuple[int, ...]
+    buffer_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -20,7 +37,8 @@ class SequenceRecord:
     """One sequence whose prompt will be compacted. Final until the sequence ends or is preempted.
 
     prompt_len: P. compaction_point: tokens known at (re-)admission; a layer is compacted when it has attended that
-    many. first_block: g. stored: evicted tokens per KV head that go to the swap pool (0: no calibration).
+    many. first_block: g. stored: evicted tokens per KV head that go to the swap pool (0: no calibration). recall: None
+    unless its evicted KV is recalled by pages.
     admission: increases with every admission of any sequence; tells counters of different lives apart.
     """
 
@@ -41,6 +59,7 @@ class SequenceRecord:
     gate: int
     stored: int
     swap_blocks: tuple[int, ...]
+    recall: RecallRecord | None = None
 
     @property
     def calibrated(self) -> bool:

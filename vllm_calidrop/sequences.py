@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 
 from vllm_calidrop.cache.layout import swap_blocks_for
-from vllm_calidrop.records import SequenceRecord, StepRecords
+from vllm_calidrop.recall.store import RecallRows
+from vllm_calidrop.records import RecallRecord, SequenceRecord, StepRecords
+from vllm_calidrop.settings import MAX_BUFFER
 
 
 @dataclass
@@ -26,7 +29,10 @@ class Sequence:
 
 
 class SequenceTable:
-    """All sequences of this worker. Arrays are indexed by state slot and hold the record's fields of the same name."""
+    """All sequences of this worker. Arrays are indexed by state slot and hold the record's fields of the same name.
+
+    recalls: whether the record has a recall; recall_*, buffer_* and sketch_table are its fields, top_p NaN for None.
+    """
 
     def __init__(self, num_slots: int, max_model_len: int) -> None:
         self._by_id: dict[str, Sequence] = {}
@@ -38,6 +44,14 @@ class SequenceTable:
         self.theta2 = torch.zeros(num_slots, dtype=torch.float32)
         self.gate = torch.zeros(num_slots, dtype=torch.int64)
         self.swap_table = torch.zeros((num_slots, swap_blocks_for(max_model_len)), dtype=torch.int64)
+        self.recalls = np.zeros(num_slots, dtype=np.bool_)
+        self.recall_theta = torch.zeros(num_slots, dtype=torch.float32)
+        self.recall_eps = torch.zeros(num_slots, dtype=torch.float32)
+        self.recall_top_p = torch.zeros(num_slots, dtype=torch.float32)
+        self.recall_most = torch.zeros(num_slots, dtype=torch.int64)
+        self.buffer_size = torch.zeros(num_slots, dtype=torch.int64)
+        self.buffer_table = torch.zeros((num_slots, MAX_BUFFER), dtype=torch.int64)
+        self.sketch_table = torch.zeros_like(self.swap_table)
 
     def apply(self, step: StepRecords) -> list[SequenceRecord]:
         """Release, then admit; returns the admitted records."""
@@ -59,6 +73,35 @@ class SequenceTable:
         self.theta2[slot] = record.theta2
         self.gate[slot] = record.gate
         self.swap_table[slot, : len(record.swap_blocks)] = torch.tensor(record.swap_blocks, dtype=torch.int64)
+        self.recalls[slot] = record.recall is not None
+        if record.recall is not None:
+            self._admit_recall(slot, record.recall)
+
+    def _admit_recall(self, slot: int, recall: RecallRecord) -> None:
+        self.recall_theta[slot] = recall.theta
+        self.recall_eps[slot] = recall.eps
+        self.recall_top_p[slot] = math.nan if recall.top_p is None else recall.top_p
+        self.recall_most[slot] = recall.most
+        self.buffer_size[slot] = len(recall.buffer_ids)
+        self.buffer_table[slot, : len(recall.buffer_ids)] = torch.tensor(recall.buffer_ids, dtype=torch.int64)
+        self.sketch_table[slot, : len(recall.sketch_blocks)] = torch.tensor(recall.sketch_blocks)
+
+    def recall_rows(self, rows: Tensor, slots: Tensor) -> RecallRows:
+        """What a decode step must know of the rows int64 [M] with these state slots int64 [M]."""
+        size = self.buffer_size[slots]
+        return RecallRows(
+            rows=rows,
+            slots=slots,
+            theta=self.recall_theta[slots],
+            eps=self.recall_eps[slots],
+            top_p=self.recall_top_p[slots],
+            most=self.recall_most[slots],
+            buffer_size=size,
+            stored=torch.from_numpy(self.stored[slots.numpy()]),
+            swap_blocks=self.swap_table[slots],
+            sketch_blocks=self.sketch_table[slots],
+            buffer_ids=self.buffer_table[slots, : int(size.max())],
+        )
 
     def get(self, request_id: str) -> Sequence | None:
         return self._by_id.get(request_id)

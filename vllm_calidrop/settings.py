@@ -23,9 +23,14 @@ from pydantic import (
 Policy = Literal["snapkv", "h2o", "streaming_llm", "full"]
 Gate = Literal["group", "head", "group_mean"]
 OnFull = Literal["full", "evict"]
+Recall = Literal["all", "pages"]
 
 DEFAULT_WINDOW = 32
 DEFAULT_SINKS = 32
+# Recall by pages: most pages of a look without and with kv_recall_top_p, eps without and with a buffer.
+DEFAULT_PAGES, DEFAULT_PAGES_TOP_P = 4, 64
+DEFAULT_EPS, DEFAULT_EPS_BUFFER = 0.02, 0.05
+MAX_BUFFER = 64
 MAX_COUNT = 2**31 - 1  # what the int32 buffers of the workers hold
 
 # Names beginning like ours that are vLLM's own (request fields and `extra_args`): they pass untouched.
@@ -69,6 +74,14 @@ def _half_of_budget(at_most: int, at_least: int) -> Any:
     return default
 
 
+def _eps_by_buffer(data: dict[str, Any]) -> float:
+    return DEFAULT_EPS_BUFFER if data.get("kv_recall_buffer") else DEFAULT_EPS
+
+
+def _pages_by_choice(data: dict[str, Any]) -> int:
+    return DEFAULT_PAGES if data.get("kv_recall_top_p") is None else DEFAULT_PAGES_TOP_P
+
+
 def _number(value: Any) -> Any:
     # Strict mode takes an int for a float, but would turn it into inf when it is too large.
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > MAX_COUNT:
@@ -79,6 +92,8 @@ def _number(value: Any) -> Any:
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 PositiveCount = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Threshold = Annotated[float, BeforeValidator(_number), Field(ge=-2.0, le=2.0)]
+Share = Annotated[float, BeforeValidator(_number), Field(ge=0.0, le=1.0)]
+PositiveShare = Annotated[float, BeforeValidator(_number), Field(gt=0.0, le=1.0)]
 
 
 class RequestSettings(BaseModel):
@@ -97,6 +112,12 @@ class RequestSettings(BaseModel):
     kv_window: PositiveCount = Field(default_factory=_half_of_budget(DEFAULT_WINDOW, 1))
     kv_pool_kernel: Annotated[PositiveCount, AfterValidator(_odd)] = 5
     kv_sinks: Count = Field(default_factory=_half_of_budget(DEFAULT_SINKS, 0))
+    kv_recall: Recall = "all"
+    kv_recall_theta: Threshold = 0.9
+    kv_recall_buffer: Annotated[Count, Field(le=MAX_BUFFER)] = 0
+    kv_recall_eps: Share = Field(default_factory=_eps_by_buffer)
+    kv_recall_top_p: PositiveShare | None = None
+    kv_recall_pages: PositiveCount = Field(default_factory=_pages_by_choice)
 
     @property
     def compresses(self) -> bool:
@@ -147,6 +168,8 @@ class ServerSettings(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
     swap_bytes: Annotated[int, Field(ge=0)] | None = None
+    sketch_bytes: Annotated[int, Field(ge=0)] | None = None
+    buffer_bytes: Annotated[int, Field(ge=0)] | None = None
     prefill_state_bytes: Annotated[int, Field(ge=0)] = 256 * 2**20
     request_defaults: dict[str, Any] = Field(default_factory=dict)
 

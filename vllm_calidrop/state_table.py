@@ -56,4 +56,17 @@ class StateTable:
         recomputes = decision.recompute.sum((1, 2))
         merges = decision.merge.sum((1, 2))
         reads = decision.recompute.any(-1).sum(-1)
-        self.counts[slots, layer] += torch.stack((recomputes, merges, heads - recomputes - merges, reads), dim=-1)
+        columns = torch.stack((recomputes, merges, heads - recomputes - merges, reads), dim=-1)
+        self.counts[slots, layer, : columns.shape[-1]] += columns
+
+    def count_recall(self, layer: int, slots: Tensor, looks: Tensor, merges: Tensor, pages: Tensor) -> None:
+        """The same for recall by pages: looks bool [N, H], merges bool [N, H, G], pages read int64 [N, H].
+
+        A look is a recomputation of every query head of the group; a head that merges has something stored or
+        buffered to merge; a group read is a look that read a page.
+        """
+        group = merges.shape[-1]
+        recomputed, merged = looks.sum(-1) * group, merges.sum((1, 2))
+        plain = looks.shape[1] * group - recomputed - merged
+        columns = (recomputed, merged, plain, (pages > 0).sum(-1), pages.sum(-1))
+        self.counts[slots, layer] += torch.stack(columns, dim=-1)

@@ -1,4 +1,4 @@
-"""All that one worker holds beside vLLM's own: sequences, state table, swap pool. Made once the KV cache exists."""
+"""All that one worker holds beside vLLM's own: sequences, state table, pools. Made once the KV cache exists."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from vllm_calidrop.cache.swap import SwapPool
-from vllm_calidrop.memory import ModelShape
+from vllm_calidrop.memory import ModelShape, PoolSizes
 from vllm_calidrop.policies import Selection
+from vllm_calidrop.recall.store import RecallStore
 from vllm_calidrop.records import SequenceCounters, SequenceRecord, StepRecords
 from vllm_calidrop.sequences import SequenceTable
 from vllm_calidrop.state_table import StateTable
@@ -26,7 +27,7 @@ class CaliDropWorker:
     """
 
     def __init__(
-        self, runner: Any, layer_names: list[str], shape: ModelShape, num_slots: int, num_swap_blocks: int
+        self, runner: Any, layer_names: list[str], shape: ModelShape, num_slots: int, pools: PoolSizes
     ) -> None:
         self.runner = runner
         self.layer_index = {name: index for index, name in enumerate(layer_names)}
@@ -34,7 +35,10 @@ class CaliDropWorker:
         group = shape.num_query_heads // kv_heads
         self.sequences = SequenceTable(num_slots, shape.max_model_len)
         self.table = StateTable(layers, num_slots, kv_heads, group, head_dim, shape.dtype)
-        self.pool = SwapPool(layers, num_swap_blocks, kv_heads, head_dim, shape.dtype)
+        self.pool = SwapPool(layers, pools.swap_blocks, kv_heads, head_dim, shape.dtype)
+        self.recall = RecallStore(
+            layers, num_slots, pools.sketch_blocks, pools.buffer_pages, kv_heads, head_dim, shape.dtype
+        )
         self.on_compaction: CompactionListener | None = None
         self._step_ids: list[str] = []
 
@@ -43,6 +47,7 @@ class CaliDropWorker:
         if step is not None:
             for record in self.sequences.apply(step):
                 self.table.admit(record.slot)
+                self.recall.admit(record)
         self._step_ids = [request_id for request_id in scheduled_ids if self.sequences.get(request_id) is not None]
 
     def request_ids(self, common_attn_metadata: Any) -> list[str]:

@@ -13,7 +13,10 @@ REUSE_OFF = 2.0
 
 @dataclass(frozen=True)
 class Cell:
-    """policy None: full KV. thresholds None: evicted only. fields: what the request carries beside the prompt."""
+    """policy None: full KV. thresholds and recall None: evicted only. recall: settings of recall by pages.
+
+    fields: what the request carries beside the prompt.
+    """
 
     policy: str | None = None
     budget: int | None = None
@@ -21,12 +24,15 @@ class Cell:
     gate: str = "group"
     calibration_size: int | None = None
     extra: dict[str, Any] = field(default_factory=dict, hash=False)
+    recall: dict[str, Any] | None = field(default=None, hash=False)
 
     @property
     def fields(self) -> dict[str, Any]:
         if self.policy is None:
             return {}
         fields: dict[str, Any] = {"kv_budget": self.budget, "kv_policy": self.policy, **self.extra}
+        if self.recall is not None:
+            return fields | {"kv_recall": "pages", **self.recall}
         if self.thresholds is None:
             return fields | {"kv_calibration": False}
         theta1, theta2 = self.thresholds
@@ -43,6 +49,8 @@ class Cell:
     def label(self) -> str:
         if self.policy is None:
             return "FullKV"
+        if self.recall is not None:
+            return "+pages" + "".join(f" {name.removeprefix('kv_recall_')} {v:g}" for name, v in self.recall.items())
         if self.thresholds is None:
             return NAMES[self.policy]
         theta1, theta2 = self.thresholds
@@ -70,5 +78,6 @@ def cells_of(sweep: Sweep) -> list[Cell]:
                 for size in sweep.calibration_sizes:
                     number = None if size == "all" else size
                     cells += [Cell(policy, budget, pair, gate, number, sweep.extra) for pair in pairs]
+            cells += [Cell(policy, budget, extra=sweep.extra, recall=recall) for recall in sweep.recall]
     assert len({cell.id for cell in cells}) == len(cells), "the sweep names a cell twice"
     return cells

@@ -50,7 +50,8 @@ class Tasks(_Strict):
 
 class Sweep(_Strict):
     """The cells: full KV, and for every policy, budget (and gate, and calibration size) the evicted-only row and
-    one row per pair of thresholds; `reuse_off`: values of theta1 also run with theta2 = 2 (nothing stored is used).
+    one row per pair of thresholds; `reuse_off`: values of theta1 also run with theta2 = 2 (nothing stored is used);
+    `recall`: settings of rows that recall by pages (docs/recall.md), `{}` for the defaults.
     """
 
     full: bool = True
@@ -61,6 +62,7 @@ class Sweep(_Strict):
     reuse_off: list[float] = []
     gates: list[Gate] = ["group"]
     calibration_sizes: list[int | Literal["all"]] = ["all"]
+    recall: list[dict[str, int | float]] = []
     extra: dict[str, Any] = {}
 
 

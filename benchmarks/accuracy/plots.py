@@ -78,6 +78,7 @@ def _accuracy_by_bytes(summary: dict[str, Any], length: str, folder: Path) -> li
             mine = [row for row in rows if (row["policy"], row["budget"]) == (policy, budget)]
             for hollow in (False, True):
                 _cost_line(ax, mine, length, policy, hollow)
+            _recall_points(ax, mine, length, policy)
         ax.set(title=f"KV size {budget}", xlabel="MB read again per answer")
         ax.set_xlim(left=-0.02 * ax.get_xlim()[1])
     axes[0][0].set(ylabel="score, %", ylim=(0, 103))
@@ -87,6 +88,8 @@ def _accuracy_by_bytes(summary: dict[str, Any], length: str, folder: Path) -> li
         f"Accuracy against bytes read again{_of(length)}, with 95 % intervals. Labels: theta1. Filled: with the stored "
         "state merged above theta2; hollow: theta2 = 2, nothing stored is used; at 0: evicted only."
     )
+    if any(row["recall"] is not None for row in rows):
+        caption += " Stars: recall by pages."
     return [(caption, name)]
 
 
@@ -95,7 +98,7 @@ def _cost_line(ax: Axes, rows: list[Row], length: str, policy: str, hollow: bool
     if not found:
         return
     found.sort(key=lambda row: row["lengths"][length][ALL]["bytes_read"])
-    found = [row for row in rows if row["thresholds"] is None and not hollow] + found
+    found = [row for row in rows if row["thresholds"] is None and row["recall"] is None and not hollow] + found
     totals = [row["lengths"][length][ALL] for row in found]
     x = [total.get("bytes_read", 0) / 1e6 for total in totals]
     y = [100 * total["score"] for total in totals]
@@ -117,6 +120,14 @@ def _cost_line(ax: Axes, rows: list[Row], length: str, policy: str, hollow: bool
             if row["thresholds"]:
                 label = f"{row['thresholds'][0]:g}".removeprefix("0")
                 ax.annotate(label, (at_x, at_y), xytext=(3, 4), textcoords="offset points", fontsize=7)
+
+
+def _recall_points(ax: Axes, rows: list[Row], length: str, policy: str) -> None:
+    """Rows that recall by pages: a star each."""
+    found = [row["lengths"][length][ALL] for row in rows if row["recall"] is not None]
+    if found:
+        x, y = [total["bytes_read"] / 1e6 for total in found], [100 * total["score"] for total in found]
+        ax.plot(x, y, linestyle="", marker="*", markersize=9, color=COLOURS[policy], markeredgecolor="white")
 
 
 # Fig. 3b
@@ -168,7 +179,7 @@ def _calibration_size(summary: dict[str, Any], length: str, folder: Path) -> lis
             pair = next(row["thresholds"] for row in mine if row["thresholds"])
             sizes = {}
             for row in mine:
-                if row["thresholds"] in (None, pair):
+                if row["thresholds"] in (None, pair) and row["recall"] is None:
                     size = 0 if row["thresholds"] is None else row["calibration_size"] or np.inf
                     sizes[size] = row["lengths"][length][ALL]
             order = sorted(sizes)

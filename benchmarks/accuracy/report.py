@@ -60,7 +60,8 @@ def _warnings(summary: dict[str, Any]) -> list[str]:
             if total["reports"] < total["n"]:
                 found.append(f"{where}: {total['n'] - total['reports']} answers came without a `calidrop` report")
                 continue
-            wanted = "evict (calibration_off)" if row["thresholds"] is None else "calidrop"
+            evicted_only = row["thresholds"] is None and row["recall"] is None
+            wanted = "evict (calibration_off)" if evicted_only else "calidrop"
             other = {mode: count for mode, count in total["modes"].items() if mode != wanted}
             if other:
                 found.append(f"{where}: not compressed as asked: {other}")
@@ -141,7 +142,7 @@ def _costs(summary: dict[str, Any], length: str) -> str:
         if total is None:
             continue
         score = f"{100 * total['score']:.1f} [{100 * total['low']:.1f}, {100 * total['high']:.1f}]"
-        calibrated = row["thresholds"] is not None and "recompute_rate" in total
+        calibrated = (row["thresholds"] or row["recall"] is not None) and "recompute_rate" in total
         cells = [""] * 7
         if calibrated:
             cells = [
@@ -155,7 +156,7 @@ def _costs(summary: dict[str, Any], length: str) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f} %"
+    return "" if value is None else f"{100 * value:.1f} %" if value >= 0.05 or not value else f"{100 * value:.2f} %"
 
 
 def _line(cells: list[str]) -> str:

@@ -17,6 +17,7 @@ from benchmarks.accuracy.store import read
 
 Record = dict[str, Any]
 ALL = "all"
+PAGE_TOKENS = 16  # of the engine's swap pool
 
 
 class ModelShape(NamedTuple):
@@ -108,7 +109,8 @@ def cost(records: list[Record], shape: ModelShape) -> dict[str, Any]:
         slots = steps * layers * shape.kv_heads
         stored = min(report["evicted"], record.get("calibration_size") or report["evicted"])
         reads += report["group_reads"]
-        read += report["group_reads"] * stored / report["evicted"]
+        tokens = report["pages_read"] * PAGE_TOKENS if record.get("recall") else report["group_reads"] * stored
+        read += tokens / report["evicted"]
         possible += slots
     by_layer = []
     for layer in range(layers):
@@ -151,7 +153,7 @@ def summarize(config: Config, samples: list[Sample], folder: Path) -> dict[str, 
         for length in lengths:
             here = [record for record in answers[cell.id] if record["length"] == length]
             for record in here:
-                record["calibration_size"] = cell.calibration_size
+                record["calibration_size"], record["recall"] = cell.calibration_size, cell.recall is not None
             groups = {ALL: here} | {task: [record for record in here if record["task"] == task] for task in tasks}
             table[str(length)] = {
                 name: figures(group, shape, config.bootstrap, config.seed) for name, group in groups.items() if group
@@ -163,6 +165,7 @@ def summarize(config: Config, samples: list[Sample], folder: Path) -> dict[str, 
                 "policy": cell.policy,
                 "budget": cell.budget,
                 "thresholds": cell.thresholds,
+                "recall": cell.recall,
                 "gate": cell.gate,
                 "calibration_size": cell.calibration_size,
                 "lengths": table,

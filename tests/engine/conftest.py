@@ -36,7 +36,9 @@ ENGINES = {
         "block_size": 32,
         "max_num_batched_tokens": 256,
         "num_gpu_blocks_override": 61,
-        "additional_config": {"calidrop": {"swap_bytes": 256 * 2**20}},
+        "additional_config": {
+            "calidrop": {"swap_bytes": 256 * 2**20, "sketch_bytes": 8 * 2**20, "buffer_bytes": 8 * 2**20}
+        },
     },
 }
 

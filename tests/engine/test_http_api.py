@@ -25,6 +25,7 @@ REPORT_KEYS = {
     "merges",
     "plain",
     "group_reads",
+    "pages_read",
     "bytes_read",
 }
 LONG = list(range(10, 90))

@@ -5,6 +5,7 @@ Written from the paper alone; it imports neither vLLM nor the engine that is tes
 - ``settings``: what a request may ask for
 - ``policies``: which prompt tokens each KV head keeps
 - ``attention``: attention states, their merge, the gate (equation 1 and the branches of Algorithm 2)
+- ``recall``: recall by pages, which the paper has not (``kv_recall``)
 - ``model``: the Llama forward, Algorithm 1 at the end of the prompt, Algorithm 2 at every decode step
 - ``second``: the same thing written again, differently, to check this one
 """

@@ -8,6 +8,7 @@ then splits the prompt's KV into kept and evicted tokens and stores the calibrat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import LlamaForCausalLM
 
 from tests.reference.attention import State, attention_state, cosine, decide, merge, prompt_attention
 from tests.reference.policies import select
+from tests.reference.recall import PAGE, HeadRecall
 from tests.reference.settings import Settings
 
 NO_DECISION, PLAIN, MERGE, RECOMPUTE = -1, 0, 1, 2
@@ -30,11 +32,13 @@ class Margins:
     """How close the run came to being decided by rounding; inf where nothing was decided.
 
     rho: smallest distance of a cosine to a threshold that would have changed a decision
+    share: recall by pages: smallest relative distance of a page's share to where other pages would have been read
     score: smallest relative score gap at the eviction boundary, and at the boundary of what the host keeps
     logit: smallest gap between the two largest logits, over all generated tokens
     """
 
     rho: float = float("inf")
+    share: float = float("inf")
     score: float = float("inf")
     logit: float = float("inf")
 
@@ -48,7 +52,8 @@ class Result:
     hosted: per layer [kv_heads, host_tokens] evicted positions that can still be read, ascending
     decisions: [steps, layers, kv_heads, group] of NO_DECISION, PLAIN, MERGE, RECOMPUTE; a step is one run of
         Algorithm 2 (the first token, and the first one after a preemption, come from exact prefill)
-    rhos: as decisions, the cosine itself; NaN where there was no decision
+    rhos: as decisions, the cosine itself; NaN where there was no decision, or recall by pages made it
+    pages: [steps, layers, kv_heads] pages of 16 evicted tokens that were read
     kept_count, evicted_count: prompt tokens per KV head, in and out of the cache
     """
 
@@ -59,6 +64,7 @@ class Result:
     hosted: list[Tensor]
     decisions: Tensor
     rhos: Tensor
+    pages: Tensor
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     margins: Margins = field(default_factory=Margins)
@@ -80,10 +86,15 @@ class Result:
 
     @property
     def group_reads(self) -> list[int]:
-        """Per layer, over KV heads and steps: a group's evicted KV is read when any of its heads
-        recomputes.
+        """Per layer, over KV heads and steps: a group's evicted KV is read when any of its heads recomputes (and,
+        with recall by pages, wants a page it has not).
         """
-        return self._per_layer((self.decisions == RECOMPUTE).any(dim=-1, keepdim=True))
+        return self._per_layer((self.pages > 0).unsqueeze(-1))
+
+    @property
+    def pages_read(self) -> list[int]:
+        """Per layer, over KV heads and steps."""
+        return self._per_layer(self.pages.unsqueeze(-1))
 
     @staticmethod
     def _per_layer(chosen: Tensor) -> list[int]:
@@ -118,11 +129,12 @@ class _Calibration:
 
 @dataclass
 class _LayerCache:
-    """k, v: [kv_heads, kept + generated, head_dim]. Without calibration only these are attended."""
+    """k, v: [kv_heads, kept + generated, head_dim]. Without calibration and recall only these are attended."""
 
     k: Tensor
     v: Tensor
     calibration: _Calibration | None = None
+    recall: list[HeadRecall] | None = None
 
 
 class _Trace:
@@ -132,16 +144,19 @@ class _Trace:
         self.shape = shape
         self.decisions: list[Tensor] = []
         self.rhos: list[Tensor] = []
+        self.pages: list[Tensor] = []
 
     def new_step(self) -> None:
         self.decisions.append(torch.full(self.shape, NO_DECISION))
         self.rhos.append(torch.full(self.shape, float("nan")))
+        self.pages.append(torch.zeros(self.shape[:2], dtype=torch.long))
 
-    def stacked(self) -> tuple[Tensor, Tensor]:
+    def stacked(self) -> tuple[Tensor, Tensor, Tensor]:
         empty = torch.empty(0, *self.shape)
         return (
             torch.stack(self.decisions) if self.decisions else empty.long(),
             torch.stack(self.rhos) if self.rhos else empty,
+            torch.stack(self.pages) if self.pages else empty[..., 0].long(),
         )
 
 
@@ -241,7 +256,7 @@ class Reference:
                 logits = self._decode(token, prompt_tokens + len(tokens) - 1, caches, settings, trace, margins)
 
         kept_count = settings.budget if settings.evicts(prompt_tokens) else prompt_tokens
-        decisions, rhos = trace.stacked()
+        decisions, rhos, pages = trace.stacked()
         return Result(
             prompt_tokens=prompt_tokens,
             kept_count=kept_count,
@@ -250,6 +265,7 @@ class Reference:
             hosted=hosted,
             decisions=decisions,
             rhos=rhos,
+            pages=pages,
             tokens=tokens,
             logprobs=logprobs,
             margins=margins,
@@ -303,7 +319,11 @@ class Reference:
             k=torch.cat([_gather(k, selection.kept), outputs_k], dim=1),
             v=torch.cat([_gather(v, selection.kept), outputs_v], dim=1),
         )
-        if host_tokens > 0:
+        if host_tokens > 0 and settings.kv_recall == "pages":
+            mu = k[:, :prompt_tokens].mean(dim=1)
+            heads = zip(_gather(k, hosted), _gather(v, hosted), mu, strict=True)
+            cache.recall = [HeadRecall(*head, settings, self.scale) for head in heads]
+        elif host_tokens > 0:
             evicted_k, evicted_v, last_q = _gather(k, hosted), _gather(v, hosted), q[:, :, -1]
             state = attention_state(last_q, evicted_k, evicted_v, self.scale)
             cache.calibration = _Calibration(evicted_k, evicted_v, last_q, state)
@@ -335,6 +355,9 @@ class Reference:
     ) -> Tensor:
         """q [kv_heads, group, head_dim] -> out, same shape. The current token is already in the cache."""
         kept_state = attention_state(q, cache.k, cache.v, self.scale)
+        if cache.recall is not None:
+            recalled = self._recall(layer, q, kept_state.lse, cache.recall, trace, margins)
+            return merge(kept_state, recalled).out
         stored = cache.calibration
         if stored is None:
             return kept_state.out
@@ -351,9 +374,23 @@ class Reference:
         calibrated = merge(kept_state, stored.state)
 
         trace.decisions[-1][layer] = MERGE * merge_stored + RECOMPUTE * recompute
+        trace.pages[-1][layer] = recompute.any(dim=-1) * math.ceil(stored.evicted_k.shape[1] / PAGE)
         trace.rhos[-1][layer] = rho
         margins.rho = min(margins.rho, margin)
         return torch.where((recompute | merge_stored).unsqueeze(-1), calibrated.out, kept_state.out)
+
+    @staticmethod
+    def _recall(
+        layer: int, q: Tensor, kept_lse: Tensor, heads: list[HeadRecall], trace: _Trace, margins: Margins
+    ) -> State:
+        """Recall by pages; a look is a recomputation of every query head of its group."""
+        steps = [head.step(*asked) for head, *asked in zip(heads, q, kept_lse, strict=True)]
+        for kv_head, (head, step) in enumerate(zip(heads, steps, strict=True)):
+            trace.decisions[-1][layer, kv_head] = RECOMPUTE if step.looked else MERGE if step.merges else PLAIN
+            trace.pages[-1][layer, kv_head] = step.pages
+            margins.rho = min(margins.rho, head.margins.rho)
+            margins.share = min(margins.share, head.margins.share)
+        return State(torch.stack([step.out for step in steps]), torch.stack([step.lse for step in steps]))
 
     # Llama
 

@@ -27,6 +27,12 @@ class Settings:
     kv_window: int | None = None
     kv_pool_kernel: int = 5
     kv_sinks: int | None = None
+    kv_recall: str = "all"
+    kv_recall_theta: float = 0.9
+    kv_recall_buffer: int = 0
+    kv_recall_eps: float | None = None
+    kv_recall_top_p: float | None = None
+    kv_recall_pages: int | None = None
 
     def __post_init__(self) -> None:
         if self.kv_policy not in POLICIES:
@@ -61,6 +67,20 @@ class Settings:
     def sinks(self) -> int:
         """StreamingLLM's sinks; part of the budget."""
         return min(32, self.budget // 2) if self.kv_sinks is None else self.kv_sinks
+
+    @property
+    def recall_eps(self) -> float:
+        """Pages of no larger share are not read."""
+        if self.kv_recall_eps is not None:
+            return self.kv_recall_eps
+        return 0.05 if self.kv_recall_buffer else 0.02
+
+    @property
+    def recall_pages(self) -> int:
+        """At most this many pages are wanted in a look."""
+        if self.kv_recall_pages is not None:
+            return self.kv_recall_pages
+        return 4 if self.kv_recall_top_p is None else 64
 
     def evicts(self, prompt_tokens: int) -> bool:
         """A prompt no longer than the budget is never touched."""

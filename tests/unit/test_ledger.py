@@ -16,11 +16,13 @@ from vllm.v1.request import Request
 
 from vllm_calidrop.cache.layout import first_kept_block, swap_blocks_for
 from vllm_calidrop.cache.ledger import Ledger, Shape, prefill_state_bytes, settings_of
-from vllm_calidrop.records import SequenceCounters, SequenceRecord
+from vllm_calidrop.memory import PoolSizes
+from vllm_calidrop.records import COUNTERS, SequenceCounters, SequenceRecord
 from vllm_calidrop.sequences import SequenceTable
 from vllm_calidrop.settings import ServerSettings, resolve_request
 
 SHAPE = Shape(block_size=16, num_layers=2, num_kv_heads=2, num_query_heads=4, kv_bytes_per_token=64)
+NOTHING = dict.fromkeys(("sequences", "swap_blocks", "sketch_blocks", "buffer_pages", "state_slots", "quarantine"), 0)
 names = (f"r{number}" for number in itertools.count())
 
 
@@ -33,8 +35,10 @@ def make_request(prompt_len: int, outputs: int = 0, **asked: Any) -> Request:
     return request
 
 
-def make_ledger(swap_blocks: int = 100, slots: int = 8, prefill_state_limit: int = 2**30) -> Ledger:
-    return Ledger(SHAPE, swap_blocks, slots, prefill_state_limit)
+def make_ledger(
+    swap_blocks: int = 100, slots: int = 8, prefill_state_limit: int = 2**30, sketches: int = 100, buffers: int = 10
+) -> Ledger:
+    return Ledger(SHAPE, PoolSizes(swap_blocks, sketches, buffers), slots, prefill_state_limit)
 
 
 def admit(ledger: Ledger, request: Request) -> SequenceRecord | None:
@@ -45,7 +49,7 @@ def admit(ledger: Ledger, request: Request) -> SequenceRecord | None:
 
 
 def counters_for(record: SequenceRecord, value: int) -> dict[str, SequenceCounters]:
-    counts = np.full((SHAPE.num_layers, 4), value, dtype=np.int64)
+    counts = np.full((SHAPE.num_layers, len(COUNTERS)), value, dtype=np.int64)
     return {record.request_id: SequenceCounters(record.admission, counts)}
 
 
@@ -75,7 +79,7 @@ def test_record_of_a_sequence_that_will_be_compacted() -> None:
     assert (record.policy, record.window, record.pool_kernel, record.sinks) == ("snapkv", 9, 3, 2)
     assert (record.theta1, record.theta2, record.gate) == (0.1, 0.2, 1)
     assert ledger.first_block_of(request.request_id) == 56
-    assert ledger.in_use == {"sequences": 1, "swap_blocks": 8, "state_slots": 1, "quarantine": 0}
+    assert ledger.in_use == NOTHING | {"sequences": 1, "swap_blocks": 8, "state_slots": 1}
     assert ledger.step_scheduled().admitted == [record]
     assert ledger.step_scheduled().admitted == []
 
@@ -221,7 +225,7 @@ def test_release_waits_for_all_steps_in_flight() -> None:
         ledger.step_scheduled()
     ledger.release(request.request_id)
     for _ in range(3):
-        assert ledger.in_use == {"sequences": 0, "swap_blocks": 8, "state_slots": 1, "quarantine": 1}
+        assert ledger.in_use == NOTHING | {"swap_blocks": 8, "state_slots": 1, "quarantine": 1}
         ledger.step_processed({})
     assert set(ledger.in_use.values()) == {0}
 
@@ -565,3 +569,57 @@ def test_prompts_wait_while_prefill_state_is_full(policy: str, each: int) -> Non
 def test_first_block_is_the_layouts(budget: int) -> None:
     record = admit(make_ledger(), make_request(100, kv_budget=budget))
     assert record is not None and record.first_block == first_kept_block(100, budget, BLOCK)
+
+
+# recall by pages
+
+PAGES = {"kv_budget": 100, "kv_recall": "pages"}
+
+
+def test_recall_reserves_a_sketch_and_a_buffer() -> None:
+    ledger = make_ledger()
+    request = make_request(1000, **PAGES, kv_recall_buffer=3, kv_recall_top_p=0.9, kv_recall_theta=0.5)
+    record = admit(ledger, request)
+    assert record is not None and record.recall is not None
+    recall = record.recall
+    assert len(recall.sketch_blocks) == len(record.swap_blocks) == 8 and len(recall.buffer_ids) == 3
+    assert (recall.theta, recall.eps, recall.top_p, recall.most) == (0.5, 0.05, 0.9, 64)
+    assert (ledger.in_use["sketch_blocks"], ledger.in_use["buffer_pages"]) == (8, 3)
+    ledger.release(request.request_id)
+    run_step(ledger)
+    assert ledger.in_use == NOTHING
+
+
+@pytest.mark.parametrize("asked", [{}, {"kv_calibration": False}, {"kv_calibration_size": 0}])
+def test_without_anything_stored_or_by_pages_nothing_is_reserved(asked: dict[str, Any]) -> None:
+    ledger = make_ledger()
+    record = admit(ledger, make_request(1000, **{**PAGES, "kv_recall": "pages" if asked else "all"}, **asked))
+    assert record is not None and record.recall is None
+    assert ledger.in_use["sketch_blocks"] == ledger.in_use["buffer_pages"] == 0
+
+
+@pytest.mark.parametrize("full", [{"sketches": 7}, {"buffers": 2}])
+@pytest.mark.parametrize(("on_full", "mode"), [("full", "full"), ("evict", "evict")])
+def test_full_recall_pools_fall_back_and_keep_nothing(full: dict[str, int], on_full: str, mode: str) -> None:
+    ledger = make_ledger(**full)
+    request = make_request(1000, **PAGES, kv_recall_buffer=3, kv_on_full=on_full)
+    record = admit(ledger, request)
+    report = report_of(ledger, request)
+    assert (report["mode"], report["reason"]) == (mode, "recall_full")
+    assert ledger.fallbacks == {"recall_full": 1}
+    assert record is None if mode == "full" else record is not None and record.recall is None
+    assert ledger.in_use == NOTHING | {"sequences": 1, "state_slots": int(mode == "evict")}
+
+
+def test_pages_and_bytes_read_by_both_rules() -> None:
+    """By pages: what was counted, in whole pages. Everything: every page of a read, bytes of its 900 tokens."""
+    for asked, pages, tokens in (({"kv_recall": "pages"}, 5, 5 * 16), ({}, 5 * 57, 5 * 900)):
+        ledger = make_ledger()
+        request = make_request(1000, kv_budget=100, **asked)
+        record = admit(ledger, request)
+        assert record is not None
+        run_step(ledger, counters_for(record, 5))
+        report = report_of(ledger, request)
+        assert report["pages_read"] == SHAPE.num_layers * pages
+        assert report["bytes_read"] == SHAPE.num_layers * tokens * SHAPE.kv_bytes_per_token
+        assert report["layers"]["pages_read"] == [pages] * SHAPE.num_layers

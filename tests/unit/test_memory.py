@@ -20,18 +20,22 @@ from vllm_calidrop.cache.layout import SWAP_BLOCK_TOKENS, first_kept_block, swap
 from vllm_calidrop.cache.ledger import Shape, prefill_state_bytes
 from vllm_calidrop.cache.spec import CaliDropSpec
 from vllm_calidrop.cache.swap import SwapPool
-from vllm_calidrop.engine import leave_room, size_swap_pool
+from vllm_calidrop.engine import leave_room, size_pools
 from vllm_calidrop.memory import (
     SWAP_OF_FREE_HOST,
     SWAP_PER_KV,
     Footprint,
     ModelShape,
+    PoolSizes,
+    buffer_page_bytes,
     default_swap_bytes,
     footprint,
+    sketch_block_bytes,
     swap_block_bytes,
     swap_bytes_beside,
 )
-from vllm_calidrop.records import SequenceRecord
+from vllm_calidrop.recall.store import RecallStore
+from vllm_calidrop.records import RecallRecord, SequenceRecord
 from vllm_calidrop.sequences import Sequence
 from vllm_calidrop.settings import ServerSettings
 from vllm_calidrop.state_table import StateTable
@@ -73,12 +77,23 @@ def test_swap_pool_is_counted_to_the_byte(
     assert blocks * swap_block_bytes(shape) == bytes_of(pool.pages)
 
 
+@given(st.integers(1, 4), st.integers(1, 3), st.sampled_from([8, 80, 128]), DTYPES, st.integers(0, 5))
+def test_recall_is_counted_to_the_byte(
+    layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, count: int
+) -> None:
+    store = RecallStore(layers, 7, count, 2 * count, kv_heads, head_dim, dtype)
+    shape = make_shape(layers, kv_heads, head_dim=head_dim, dtype=dtype)
+    assert count * sketch_block_bytes(shape) == bytes_of(store.codes, store.scales)
+    assert 2 * count * buffer_page_bytes(shape) == bytes_of(store.buffer, store.held, store.rank)
+    assert footprint(shape, 7, ServerSettings()).recall == bytes_of(store.mu, store.looked)
+
+
 def test_footprint_is_the_sum_of_its_parts() -> None:
     settings = ServerSettings(prefill_state_bytes=12345)
     ours = footprint(make_shape(), 7, settings)
     assert ours.prefill_state == 12345
-    assert ours.total == ours.state_table + 12345 + ours.scratch
-    assert Footprint(1, 20, 300).total == 321
+    assert ours.total == ours.state_table + ours.recall + 12345 + ours.scratch
+    assert Footprint(1, 20, 300, 4000).total == 4321
 
 
 # what a compaction really takes
@@ -106,21 +121,26 @@ def test_peak_of_is_the_most_at_once() -> None:
     assert peak_of(work) == 8000
 
 
-def one_prompt(shape: ModelShape, policy: str, budget: int, window: int) -> tuple[PrefillRow, PackedCache]:
+def one_prompt(
+    shape: ModelShape, policy: str, budget: int, window: int, by_pages: bool
+) -> tuple[PrefillRow, PackedCache]:
     """A prompt as long as the model allows, prefilled but for its last chunk (which is the whole)."""
     length, block_size = shape.max_model_len, 32
     blocks = -(-length // block_size)
+    swap_blocks = tuple(range(swap_blocks_for(length - budget)))
     record = SequenceRecord(
         request_id="r", admission=1, slot=0, prompt_len=length, compaction_point=length, budget=budget,
         first_block=first_kept_block(length, budget, block_size), view_start=view_start(length, budget, block_size),
         policy=policy, window=window, sinks=4, pool_kernel=5, theta1=0.7, theta2=0.85, gate=0,
-        stored=length - budget, swap_blocks=tuple(range(swap_blocks_for(length - budget))),
+        stored=length - budget, swap_blocks=swap_blocks,
+        recall=RecallRecord(0.9, 0.02, None, 4, swap_blocks, ()) if by_pages else None,
     )  # fmt: skip
     kv_cache = torch.randn((blocks, shape.num_kv_heads, block_size, 2 * shape.head_dim)).to(shape.dtype)
     row = PrefillRow(Sequence(record), 0, 0, length, torch.arange(blocks, dtype=torch.int32), True)
     return row, PackedCache(kv_cache, "vec")
 
 
+@pytest.mark.parametrize("by_pages", [False, True])
 @pytest.mark.parametrize("policy", ["snapkv", "h2o", "streaming_llm"])
 @pytest.mark.parametrize(
     ("shape", "budget"),
@@ -134,20 +154,24 @@ def one_prompt(shape: ModelShape, policy: str, budget: int, window: int) -> tupl
     ],
     ids=str,
 )
-def test_compaction_stays_inside_the_promised_scratch(policy: str, shape: ModelShape, budget: int) -> None:
+def test_compaction_stays_inside_the_promised_scratch(
+    policy: str, shape: ModelShape, budget: int, by_pages: bool
+) -> None:
     """The observation window is the whole budget: a request may ask for that."""
     window = budget
-    row, cache = one_prompt(shape, policy, budget, window)
+    row, cache = one_prompt(shape, policy, budget, window, by_pages)
     table = StateTable(
         1, 1, shape.num_kv_heads, shape.num_query_heads // shape.num_kv_heads, shape.head_dim, shape.dtype
     )
     pool = SwapPool(1, swap_blocks_for(shape.max_model_len), shape.num_kv_heads, shape.head_dim, shape.dtype)
+    blocks = swap_blocks_for(shape.max_model_len)
+    store = RecallStore(1, 1, blocks, 0, shape.num_kv_heads, shape.head_dim, shape.dtype)
     queries = torch.randn((shape.max_model_len, shape.num_query_heads, shape.head_dim)).to(shape.dtype)
     scale = shape.head_dim**-0.5
 
     def work() -> None:
         observe_chunk(row, 0, queries, cache, scale)
-        compact(row, 0, queries[-1], cache, pool, table, scale)
+        compact(row, 0, queries[-1], cache, pool, table, store, scale)
 
     counted = Shape(32, 1, shape.num_kv_heads, shape.num_query_heads, 2 * shape.head_dim * shape.dtype.itemsize)
     stash = prefill_state_bytes(counted, policy, window, shape.max_model_len)
@@ -178,14 +202,14 @@ def test_swap_pool_beside_the_kv_pool(available: int, free_host: int) -> None:
 
 
 class Engine:
-    """What `leave_room` and `size_swap_pool` read of vLLM: a configuration, a worker, a KV-cache configuration."""
+    """What `leave_room` and `size_pools` read of vLLM: a configuration, a worker, a KV-cache configuration."""
 
     SPEC = CaliDropSpec(block_size=32, num_kv_heads=2, head_size=64, dtype=torch.float32)
     LAYERS = ("a", "b", "c")
 
     def __init__(self, fixed_kv_pool: int | None = None, tensor_parallel: int = 1, **calidrop: Any) -> None:
         self.config = SimpleNamespace(
-            additional_config={"calidrop": calidrop},
+            additional_config={"calidrop": {"sketch_bytes": 0, "buffer_bytes": 0} | calidrop},
             cache_config=SimpleNamespace(kv_cache_memory_bytes=fixed_kv_pool),
             scheduler_config=SimpleNamespace(max_num_seqs=16),
             max_concurrent_batches=2,
@@ -249,13 +273,34 @@ def test_a_fixed_kv_pool_is_checked_not_shrunk(free_memory: Callable[[int], None
         leave_room(engine.config, engine.worker, 3 * GIB)
 
 
+def test_recall_comes_out_of_the_kv_pool(free_memory: Callable[[int], None]) -> None:
+    """By default in proportion to the KV pool; what the operator gives is taken as it is."""
+    free_memory(100 * GIB)
+    without = Engine(swap_bytes=0)
+    rest = 10 * GIB - without.ours
+    given = Engine(swap_bytes=0, sketch_bytes=GIB, buffer_bytes=GIB)
+    shape, block, page = given.shape, sketch_block_bytes(given.shape), buffer_page_bytes(given.shape)
+    blocks, pages = GIB // block, GIB // page
+    assert leave_room(given.config, given.worker, 10 * GIB) == rest - blocks * block - pages * page
+    assert size_pools(given.config, given.kv_cache_config(1000)) == PoolSizes(0, blocks, pages)
+    default = Engine(sketch_bytes=None, buffer_bytes=None)
+    config = default.kv_cache_config(1000)
+    kv_pool = 1000 * 32 * 2 * 2 * 64 * 4 * 3
+    pools = size_pools(default.config, config)
+    assert pools.sketch_blocks == min(kv_pool // 16 // block, pools.swap_blocks)
+    assert pools.buffer_pages == min(kv_pool // 32 // page, 32 * 4)
+    assert leave_room(default.config, default.worker, 10 * GIB) < rest / 3
+    few = Engine(sketch_bytes=None, swap_bytes=3 * swap_block_bytes(shape))
+    assert size_pools(few.config, config) == PoolSizes(3, 3, 0)
+
+
 def test_swap_pool_in_whole_blocks(free_memory: Callable[[int], None]) -> None:
     free_memory(100 * GIB)
     block = swap_block_bytes(make_shape(layers=3))
     assert block == 3 * 2 * SWAP_BLOCK_TOKENS * 2 * 64 * 4
     for swap, blocks in [(0, 0), (block - 1, 0), (block, 1), (10 * block - 1, 9)]:
         engine = Engine(swap_bytes=swap)
-        assert size_swap_pool(engine.config, engine.kv_cache_config(1000)) == blocks
+        assert size_pools(engine.config, engine.kv_cache_config(1000)) == PoolSizes(blocks, 0, 0)
 
 
 def test_swap_pool_by_default(free_memory: Callable[[int], None]) -> None:
@@ -263,15 +308,15 @@ def test_swap_pool_by_default(free_memory: Callable[[int], None]) -> None:
     kv_pool = 1000 * 32 * 2 * 2 * 64 * 4 * 3
     block = swap_block_bytes(make_shape(layers=3))
     free_memory(100 * GIB)
-    assert size_swap_pool(Engine().config, Engine().kv_cache_config(1000)) == 2 * kv_pool // block
+    assert size_pools(Engine().config, Engine().kv_cache_config(1000)).swap_blocks == 2 * kv_pool // block
     free_memory(2 * kv_pool)
-    assert size_swap_pool(Engine().config, Engine().kv_cache_config(1000)) == kv_pool // block
+    assert size_pools(Engine().config, Engine().kv_cache_config(1000)).swap_blocks == kv_pool // block
     two_ranks = Engine(tensor_parallel=2)
-    assert size_swap_pool(two_ranks.config, two_ranks.kv_cache_config(1000)) == kv_pool // 2 // block
+    assert size_pools(two_ranks.config, two_ranks.kv_cache_config(1000)).swap_blocks == kv_pool // 2 // block
 
 
 def test_swap_pool_that_cannot_fit(free_memory: Callable[[int], None]) -> None:
     free_memory(GIB)
     for engine in (Engine(swap_bytes=GIB + 1), Engine(swap_bytes=GIB // 2 + 1, tensor_parallel=2)):
         with pytest.raises(ValueError, match=r"swap_bytes .* more than the free host memory"):
-            size_swap_pool(engine.config, engine.kv_cache_config(1000))
+            size_pools(engine.config, engine.kv_cache_config(1000))

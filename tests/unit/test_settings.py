@@ -35,7 +35,14 @@ TABLE: dict[str, Any] = {
     "kv_window": 32,
     "kv_pool_kernel": 5,
     "kv_sinks": 32,
+    "kv_recall": "all",
+    "kv_recall_theta": 0.9,
+    "kv_recall_buffer": 0,
+    "kv_recall_eps": 0.02,
+    "kv_recall_top_p": None,
+    "kv_recall_pages": 4,
 }
+NULLABLE = ("kv_budget", "kv_calibration_size", "kv_recall_top_p")
 
 BAD: list[tuple[str, Any]] = [
     *[(name, value) for name in ("kv_budget", "kv_window") for value in (0, -1)],
@@ -45,7 +52,7 @@ BAD: list[tuple[str, Any]] = [
         for name in ("kv_budget", "kv_calibration_size", "kv_window", "kv_pool_kernel", "kv_sinks")
         for value in (True, False, 1.5, 3.0, "3", [3], {}, MAX_COUNT + 1, 10**40, math.nan)
     ],
-    *[(name, None) for name in TABLE if name not in ("kv_budget", "kv_calibration_size")],
+    *[(name, None) for name in TABLE if name not in NULLABLE],
     *[
         (name, value)
         for name in ("kv_theta1", "kv_theta2")
@@ -66,6 +73,12 @@ BAD: list[tuple[str, Any]] = [
     *[(name, value) for name in ("kv_policy", "kv_gate", "kv_on_full") for value in ("", "SNAPKV", 1, True, ["full"])],
     *[("kv_calibration", value) for value in (0, 1, "true", 0.0)],
     *[("kv_pool_kernel", value) for value in (0, 2, 4)],
+    *[("kv_recall", value) for value in ("", "none", 1, True)],
+    *[("kv_recall_pages", value) for value in (0, -1, True, 1.5, "4", MAX_COUNT + 1)],
+    *[("kv_recall_buffer", value) for value in (-1, True, 1.5, "4", 65, 10**40)],
+    *[("kv_recall_theta", value) for value in (True, "0.9", 2.1, -3, math.nan, math.inf)],
+    *[("kv_recall_eps", value) for value in (True, "0", -0.1, 1.1, math.nan, math.inf)],
+    *[("kv_recall_top_p", value) for value in (True, "0", 0, -0.1, 1.1, math.nan, math.inf)],
     *[(name, 1) for name in ("kv_codec", "kv_read_budget", "kv_", "kv_budgets")],
 ]
 
@@ -107,6 +120,21 @@ def test_numbers_that_are_fine() -> None:
     assert resolve_request({"kv_theta1": 2, "kv_theta2": 2}, NO_DEFAULTS).kv_theta1 == 2.0
     assert resolve_request({"kv_budget": 8, "kv_window": 8, "kv_sinks": 8}, NO_DEFAULTS).kv_window == 8
     assert resolve_request({"kv_window": 500}, NO_DEFAULTS).kv_window == 500
+
+
+@pytest.mark.parametrize(
+    ("raw", "eps", "pages"),
+    [
+        ({}, 0.02, 4),
+        ({"kv_recall_buffer": 4}, 0.05, 4),
+        ({"kv_recall_buffer": 4, "kv_recall_eps": 0}, 0.0, 4),
+        ({"kv_recall_top_p": 0.95}, 0.02, 64),
+        ({"kv_recall_top_p": 1, "kv_recall_pages": 7}, 0.02, 7),
+    ],
+)
+def test_recall_defaults_follow_buffer_and_choice(raw: dict[str, Any], eps: float, pages: int) -> None:
+    settings = resolve_request({"kv_recall": "pages", **raw}, NO_DEFAULTS)
+    assert (settings.kv_recall_eps, settings.kv_recall_pages) == (eps, pages)
 
 
 @given(st.integers(1, 200))

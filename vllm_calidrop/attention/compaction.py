@@ -1,7 +1,7 @@
 """What happens to a prompt that will be compacted, chunk by chunk, and then once when a layer has seen all of it.
 
-Order within a layer: score, copy evicted KV out, calibrate from that copy, gather the kept tokens, scatter them. Blocks
-below g are only read, so they may be shared with other sequences.
+Order within a layer: score, copy evicted KV out, calibrate from that copy (or sketch its keys, for recall by pages),
+gather the kept tokens, scatter them. Blocks below g are only read, so they may be shared with other sequences.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from vllm_calidrop.attention.ops.packed import PackedCache
 from vllm_calidrop.cache.swap import SwapPool
 from vllm_calidrop.calibration import attention_state
 from vllm_calidrop.policies import POLICIES, ScoreInputs, Selection
+from vllm_calidrop.recall.store import RecallStore
 from vllm_calidrop.state_table import StateTable
 
 
@@ -40,6 +41,7 @@ def compact(
     cache: PackedCache,
     pool: SwapPool,
     table: StateTable,
+    recall: RecallStore,
     scale: float,
 ) -> Selection:
     """Compact one layer of a sequence that has attended its last known token; last_query: [Hq, D] of that token."""
@@ -67,8 +69,11 @@ def compact(
     if record.calibrated:
         evicted_keys, evicted_values = _take(keys, selection.evicted), _take(values, selection.evicted)
         pool.write(layer, torch.tensor(record.swap_blocks), evicted_keys, evicted_values)
-        query = last_query.view(keys.shape[0], -1, keys.shape[-1])
-        table.put(layer, record.slot, query, attention_state(query, evicted_keys, evicted_values, scale))
+        if record.recall is not None:
+            recall.put_sketch(layer, record, evicted_keys, keys)
+        else:
+            query = last_query.view(keys.shape[0], -1, keys.shape[-1])
+            table.put(layer, record.slot, query, attention_state(query, evicted_keys, evicted_values, scale))
     kept_keys, kept_values = _take(keys, selection.kept), _take(values, selection.kept)
     position = torch.arange(record.prompt_len - record.budget, record.prompt_len)
     slots = row.blocks[position // cache.block_size].long() * cache.block_size + position % cache.block_size

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from vllm_calidrop.attention.compaction import compact, observe_chunk
-from vllm_calidrop.attention.metadata import CaliDropMetadata
+from vllm_calidrop.attention.metadata import CaliDropMetadata, DecodeRows
 from vllm_calidrop.attention.ops.decode import decode_op
 from vllm_calidrop.attention.ops.packed import PackedCache
+from vllm_calidrop.attention.ops.recall import add_recalled
 from vllm_calidrop.support import refuse_layer
 from vllm_calidrop.worker import CaliDropWorker, active_worker
 
@@ -74,10 +76,20 @@ class CaliDropImpl(CPUAttentionBackendImpl):
             chunk = query[row.first_token : row.first_token + row.length]
             observe_chunk(row, index, chunk, cache, self.scale)
             if row.completes:
-                selection = compact(row, index, chunk[-1], cache, worker.pool, worker.table, self.scale)
+                selection = compact(row, index, chunk[-1], cache, worker.pool, worker.table, worker.recall, self.scale)
                 if worker.on_compaction is not None:
                     worker.on_compaction(row.sequence.record, index, selection)
         rows = metadata.decode
         if rows is not None:
-            attended = self._decode(rows, index, query[rows.tokens], cache, worker.pool, worker.table, self.scale)
+            attended = self._decoded(worker, index, query[rows.tokens], cache, rows)
             output[rows.tokens] = attended.to(output.dtype)
+
+    def _decoded(
+        self, worker: CaliDropWorker, index: int, queries: Tensor, cache: PackedCache, rows: DecodeRows
+    ) -> Tensor:
+        """float32 [N, Hq, D]: attention of the rows' queries [N, Hq, D]."""
+        lse = None if rows.recalled is None else torch.empty(queries.shape[:2], dtype=torch.float32)
+        out = self._decode(rows, index, queries, cache, worker.pool, worker.table, self.scale, lse)
+        if rows.recalled is not None and lse is not None:
+            add_recalled(rows.recalled, index, queries, out, lse, worker.pool, worker.table, worker.recall, self.scale)
+        return out

@@ -12,6 +12,7 @@ from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttentionMetadataBuilder
 
+from vllm_calidrop.recall.store import RecallRows
 from vllm_calidrop.sequences import Sequence, SequenceTable
 from vllm_calidrop.worker import active_worker
 
@@ -22,8 +23,9 @@ class DecodeRows:
 
     tokens: int64 [N], the row's query in the batch. slots: int64 [N], state slots.
     blocks: int32 [N, C], block-table columns from g on. start, end: int64 [N], the attended tokens among them.
-    calibrated: int64 [M], indices of the rows that have a calibration state; the fields below are for those:
-    calibrated_slots int64 [M], theta1, theta2 float32 [M], gate int64 [M], swap_blocks int64 [M, W], stored int64 [M].
+    calibrated: int64 [M], indices of the rows that have a calibration state over all evicted KV; the next fields are
+    for those: calibrated_slots int64 [M], theta1, theta2 float32 [M], gate int64 [M], swap_blocks int64 [M, W], stored
+    int64 [M]. recalled: the rows that recall by pages, None if there are none.
     """
 
     tokens: Tensor
@@ -39,6 +41,7 @@ class DecodeRows:
     gate: Tensor
     swap_blocks: Tensor
     stored: Tensor
+    recalled: RecallRows | None = None
     # What the native operator keeps from one layer of the step to the next.
     native: Any = None
 
@@ -143,7 +146,9 @@ class CaliDropMetadataBuilder(CPUAttentionMetadataBuilder):
             torch.from_numpy(np.arange(columns) * self.block_size < end[:, None]), blocks, blocks[:, :1]
         )
 
-        calibrated = np.flatnonzero(sequences.stored[slots] > 0)
+        recalls = sequences.recalls[slots]
+        recalled = torch.from_numpy(np.flatnonzero(recalls))
+        calibrated = np.flatnonzero((sequences.stored[slots] > 0) & ~recalls)
         calibrated_slots = torch.from_numpy(slots[calibrated])
         stored = torch.from_numpy(sequences.stored[slots[calibrated]])
         return DecodeRows(
@@ -160,6 +165,7 @@ class CaliDropMetadataBuilder(CPUAttentionMetadataBuilder):
             gate=sequences.gate[calibrated_slots],
             swap_blocks=sequences.swap_table[calibrated_slots],
             stored=stored,
+            recalled=sequences.recall_rows(recalled, torch.from_numpy(slots[recalls])) if len(recalled) else None,
         )
 
     def _stock(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 SWAP_BLOCK_TOKENS = 128
 PAGE_TOKENS = 16
+PAGES_PER_BLOCK = SWAP_BLOCK_TOKENS // PAGE_TOKENS
 
 
 def first_kept_block(prompt_len: int, budget: int, block_size: int) -> int:
@@ -24,6 +25,11 @@ def view_start(prompt_len: int, budget: int, block_size: int) -> int:
 def swap_blocks_for(tokens: int) -> int:
     """Swap blocks that hold `tokens` evicted tokens of every KV head and layer."""
     return -(-tokens // SWAP_BLOCK_TOKENS)
+
+
+def pages_for(tokens: int) -> int:
+    """Pages of `tokens` evicted tokens of one KV head; the last may be part empty."""
+    return -(-tokens // PAGE_TOKENS)
 
 
 def cacheable_hit(hit_tokens: int, prompt_len: int, first_block: int, window: int, block_size: int) -> int:

@@ -13,15 +13,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm_calidrop.cache.layout import cacheable_hit, first_kept_block, swap_blocks_for, view_start
+from vllm_calidrop.cache.layout import (
+    PAGE_TOKENS,
+    cacheable_hit,
+    first_kept_block,
+    pages_for,
+    swap_blocks_for,
+    view_start,
+)
 from vllm_calidrop.cache.swap import SwapLedger
 from vllm_calidrop.calibration import Gate
+from vllm_calidrop.memory import PoolSizes
 from vllm_calidrop.policies import POLICIES
-from vllm_calidrop.records import COUNTERS, SequenceCounters, SequenceRecord, StepRecords
+from vllm_calidrop.records import COUNTERS, RecallRecord, SequenceCounters, SequenceRecord, StepRecords
 from vllm_calidrop.settings import RECORD_KEY, RequestSettings
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
+
+
+_GROUP_READS, _PAGES_READ = COUNTERS.index("group_reads"), COUNTERS.index("pages_read")
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,7 @@ class Report:
     mode: str
     reason: str | None
     stored: int
+    by_pages: bool = False
     earlier_bytes: int = 0
     earlier: np.ndarray | None = None
     current: SequenceCounters | None = None
@@ -54,11 +66,18 @@ class Report:
         """int64 [layers, COUNTERS] over all lives of the request; None if it was never compacted."""
         if self.current is None:
             return self.earlier
-        return self.current.counts if self.earlier is None else self.current.counts + self.earlier
+        counts = self.current.counts
+        if not self.by_pages:
+            counts = counts.copy()
+            counts[:, _PAGES_READ] = counts[:, _GROUP_READS] * pages_for(self.stored)
+        return counts if self.earlier is None else counts + self.earlier
 
     def bytes_read(self, shape: Shape) -> int:
-        reads = int(self.current.counts[:, COUNTERS.index("group_reads")].sum()) if self.current is not None else 0
-        return self.earlier_bytes + reads * self.stored * shape.kv_bytes_per_token
+        """A page is read whole; where a KV head reads everything, without what its last page lacks."""
+        if self.current is None:
+            return self.earlier_bytes
+        column, tokens = (_PAGES_READ, PAGE_TOKENS) if self.by_pages else (_GROUP_READS, self.stored)
+        return self.earlier_bytes + int(self.current.counts[:, column].sum()) * tokens * shape.kv_bytes_per_token
 
     def as_dict(self, shape: Shape, with_layers: bool) -> dict[str, Any]:
         counts = self.counts
@@ -85,15 +104,17 @@ class _Admitted:
 
 
 class Ledger:
-    """Decisions, swap blocks and state slots of one engine.
+    """Decisions, pool blocks and state slots of one engine.
 
     num_slots: size of the calibration state table. prefill_state_limit: bytes that window stashes and H2O column sums
     of all prompts in prefill may take; a prompt that would exceed it waits, unless it is alone.
     """
 
-    def __init__(self, shape: Shape, num_swap_blocks: int, num_slots: int, prefill_state_limit: int) -> None:
+    def __init__(self, shape: Shape, pools: PoolSizes, num_slots: int, prefill_state_limit: int) -> None:
         self.shape = shape
-        self.swap = SwapLedger(num_swap_blocks)
+        self.swap = SwapLedger(pools.swap_blocks)
+        self.sketches = SwapLedger(pools.sketch_blocks)
+        self.buffers = SwapLedger(pools.buffer_pages)
         self.num_slots = num_slots
         self.prefill_state_limit = prefill_state_limit
         self.fallbacks: dict[str, int] = {}
@@ -173,7 +194,7 @@ class Ledger:
         if record is not None:
             self._pending.admitted.append(record)
         reason = self._reports[request.request_id].reason
-        if reason == "swap_full":
+        if reason in ("swap_full", "recall_full"):
             self.fallbacks[reason] = self.fallbacks.get(reason, 0) + 1
 
     def cancel(self, request: Request) -> None:
@@ -250,6 +271,8 @@ class Ledger:
         return {
             "sequences": len(self._admitted),
             "swap_blocks": self.swap.num_blocks - self.swap.num_free,
+            "sketch_blocks": self.sketches.num_blocks - self.sketches.num_free,
+            "buffer_pages": self.buffers.num_blocks - self.buffers.num_free,
             "state_slots": self.num_slots - len(self._free_slots),
             "quarantine": len(self._quarantine),
         }
@@ -269,11 +292,13 @@ class Ledger:
         evicted = prompt_len - settings.kv_budget
         stored = _tokens_to_store(settings, evicted)
         reason = None if stored else "calibration_off"
-        swap_blocks = self.swap.take(swap_blocks_for(stored))
-        if swap_blocks is None:
+        swap_blocks, recall = self._reserve(settings, stored)
+        if swap_blocks is None or (stored and settings.kv_recall == "pages" and recall is None):
+            lacking = "swap_full" if swap_blocks is None else "recall_full"
+            self.swap.give_back(swap_blocks or ())
             if settings.kv_on_full == "full":
-                return None, _kept_whole(prompt_len, "swap_full")
-            stored, swap_blocks, reason = 0, (), "swap_full"
+                return None, _kept_whole(prompt_len, lacking)
+            stored, swap_blocks, reason = 0, (), lacking
 
         record = SequenceRecord(
             request_id=request.request_id,
@@ -293,15 +318,42 @@ class Ledger:
             gate=int(Gate.of(settings.kv_gate)),
             stored=stored,
             swap_blocks=swap_blocks,
+            recall=recall,
         )
         mode = "calidrop" if stored else "evict"
-        return record, Report(prompt_len, settings.kv_budget, evicted, mode, reason, stored)
+        return record, Report(
+            prompt_len, settings.kv_budget, evicted, mode, reason, stored, by_pages=recall is not None
+        )
+
+    def _reserve(self, settings: RequestSettings, stored: int) -> tuple[tuple[int, ...] | None, RecallRecord | None]:
+        """Swap blocks for `stored` tokens, and for recall by pages its sketch and buffer; None for what is lacking."""
+        swap_blocks = self.swap.take(swap_blocks_for(stored))
+        if not swap_blocks or settings.kv_recall != "pages":
+            return swap_blocks, None
+        sketch_blocks = self.sketches.take(len(swap_blocks))
+        if sketch_blocks is None:
+            return swap_blocks, None
+        buffer_ids = self.buffers.take(settings.kv_recall_buffer)
+        if buffer_ids is None:
+            self.sketches.give_back(sketch_blocks)
+            return swap_blocks, None
+        return swap_blocks, RecallRecord(
+            theta=settings.kv_recall_theta,
+            eps=settings.kv_recall_eps,
+            top_p=settings.kv_recall_top_p,
+            most=settings.kv_recall_pages,
+            sketch_blocks=sketch_blocks,
+            buffer_ids=buffer_ids,
+        )
 
     def _prefill_state_bytes(self, policy: str, window: int, prompt_len: int) -> int:
         return prefill_state_bytes(self.shape, policy, window, prompt_len)
 
     def _return_ids(self, record: SequenceRecord) -> None:
         self.swap.give_back(record.swap_blocks)
+        if record.recall is not None:
+            self.sketches.give_back(record.recall.sketch_blocks)
+            self.buffers.give_back(record.recall.buffer_ids)
         self._free_slots.append(record.slot)
 
 

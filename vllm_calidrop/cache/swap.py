@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_calidrop.cache.layout import PAGE_TOKENS, SWAP_BLOCK_TOKENS
+from vllm_calidrop.cache.layout import PAGE_TOKENS, PAGES_PER_BLOCK, SWAP_BLOCK_TOKENS
 
 
 class SwapLedger:
-    """Free list of swap block ids. An id is SWAP_BLOCK_TOKENS tokens of every layer and KV head, on all ranks."""
+    """Free list of a pool's ids. A swap block is SWAP_BLOCK_TOKENS tokens of every layer and KV head, on all ranks.
+
+    The pools of recall by pages (sketch blocks, buffer pages) are owned the same way.
+    """
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -39,9 +42,8 @@ class SwapPool:
     """
 
     def __init__(self, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
-        pages_per_block = SWAP_BLOCK_TOKENS // PAGE_TOKENS
         self.pages = torch.empty(
-            (num_layers, num_blocks, num_kv_heads, pages_per_block, 2, PAGE_TOKENS, head_dim), dtype=dtype
+            (num_layers, num_blocks, num_kv_heads, PAGES_PER_BLOCK, 2, PAGE_TOKENS, head_dim), dtype=dtype
         )
 
     @staticmethod
@@ -66,3 +68,10 @@ class SwapPool:
         pages = self.pages[layer][block_ids, kv_heads[:, None]]
         pages = pages.permute(3, 0, 1, 2, 4, 5).flatten(2, 4)
         return pages[0], pages[1]
+
+    def read_pages(self, layer: int, block_ids: Tensor, kv_heads: Tensor, pages: Tensor) -> Tensor:
+        """Some pages, one contiguous run each: [X, 2 (K, V), PAGE_TOKENS, D].
+
+        block_ids, kv_heads: int64 [X]; pages: int64 [X], the page's number inside its block.
+        """
+        return self.pages[layer][block_ids, kv_heads, pages]

@@ -1,4 +1,4 @@
-"""The engine's process sizes the swap pool once, when the KV pool's size is known, and tells every worker.
+"""The engine's process sizes our pools once, when the KV pool's size is known, and tells every worker.
 
 `EngineCore._initialize_kv_caches` is wrapped because it is the moment between the two: the workers have their KV cache,
 the scheduler (whose ledger needs the number) does not exist yet. It is also the moment to see that nothing is missing:
@@ -38,15 +38,15 @@ def _allocate_swap(original: Callable[..., Any]) -> Callable[..., Any]:
         if not is_selected(vllm_config):
             return original(self, vllm_config, *args, **kwargs)
         from vllm_calidrop.cache import spec
-        from vllm_calidrop.engine import size_swap_pool
+        from vllm_calidrop.engine import size_pools
         from vllm_calidrop.support import refuse_scheduler
 
         refuse_scheduler(vllm_config.scheduler_config.get_scheduler_cls())
         require_installed(_REQUIRED)
         spec.register()
         kv_cache_config = original(self, vllm_config, *args, **kwargs)
-        kv_cache_config.calidrop_swap_blocks = size_swap_pool(vllm_config, kv_cache_config)
-        self.model_executor.collective_rpc("calidrop_allocate", args=(kv_cache_config.calidrop_swap_blocks,))
+        kv_cache_config.calidrop_pools = size_pools(vllm_config, kv_cache_config)
+        self.model_executor.collective_rpc("calidrop_allocate", args=(kv_cache_config.calidrop_pools,))
         return kv_cache_config
 
     return _initialize_kv_caches

@@ -27,12 +27,12 @@ def _wrap(module: Any) -> None:
     Worker.calidrop_allocate = _allocate
 
 
-def _allocate(self: Any, num_swap_blocks: int) -> None:
+def _allocate(self: Any, pools: Any) -> None:
     """Called on every worker by the engine once the KV cache exists (hooks/engine_core.py)."""
     from vllm_calidrop.engine import make_worker
 
     require_wrapped(type(self), "determine_available_memory")
-    self.calidrop = make_worker(self, num_swap_blocks)
+    self.calidrop = make_worker(self, pools)
 
 
 def _run_step(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -25,8 +25,12 @@ def decode(
     pool: SwapPool,
     table: StateTable,
     scale: float,
+    lse: Tensor | None = None,
 ) -> Tensor:
-    """Algorithm 2 for all rows of one layer. queries: [N, Hq, D]; returns float32 [N, Hq, D]."""
+    """Algorithm 2 for all rows of one layer. queries: [N, Hq, D]; returns float32 [N, Hq, D].
+
+    lse: float32 [N, Hq], filled with the log-sum-exp of all that was attended if given.
+    """
     num_rows, num_heads, head_dim = queries.shape
     grouped = queries.view(num_rows, cache.num_kv_heads, -1, head_dim)
     keys, values = cache.read(rows.blocks)
@@ -34,7 +38,10 @@ def decode(
     if rows.calibrated.numel():
         mine = rows.calibrated
         kept = AttentionState(state.out[mine], state.lse[mine])
-        state.out[mine] = _calibrate(rows, layer, grouped[mine], kept, pool, table, scale)
+        calibrated = _calibrate(rows, layer, grouped[mine], kept, pool, table, scale)
+        state.out[mine], state.lse[mine] = calibrated.out, calibrated.lse
+    if lse is not None:
+        lse.copy_(state.lse.flatten(1))
     return state.out.reshape(num_rows, num_heads, head_dim)
 
 
@@ -58,7 +65,7 @@ def _calibrate(
     pool: SwapPool,
     table: StateTable,
     scale: float,
-) -> Tensor:
+) -> AttentionState:
     """Gate, recompute, merge for the M rows with a calibration state; query [M, H, G, D]."""
     slots = rows.calibrated_slots
     decision = decide(cosine(query, table.query[layer, slots]), rows.theta1, rows.theta2, rows.gate)
@@ -74,7 +81,7 @@ def _calibrate(
 
     uses_evicted = decision.recompute | decision.merge
     evicted = AttentionState(table.out[layer, slots], table.lse[layer, slots].masked_fill(~uses_evicted, -torch.inf))
-    return merge_states(kept, evicted).out
+    return merge_states(kept, evicted)
 
 
 def _recompute(

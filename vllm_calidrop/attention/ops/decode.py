@@ -32,6 +32,7 @@ class DecodeOp(Protocol):
         pool: SwapPool,
         table: StateTable,
         scale: float,
+        lse: Tensor | None = None,
     ) -> Tensor: ...
 
 

@@ -1,0 +1,1 @@
+"""What recall by pages would do to a model's attention, offline (docs/recall.md)."""

@@ -1,0 +1,177 @@
+"""Recall by pages, one KV head at a time, in plain steps (docs/recall.md, The rule).
+
+A ``HeadRecall`` is made when the prompt is compressed and asked once per decode step. Sketched keys are kept as the
+vectors that their two bits stand for, turned back by the inverse rotation: an estimate is an ordinary dot product.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tests.reference.settings import Settings
+
+PAGE = 16
+INNER, OUTER, BOUNDARY = 0.4528, 1.5104, 0.9816
+
+
+class Step(NamedTuple):
+    """What one KV head does in one decode step.
+
+    looked: it looked; pages: how many pages it read; merges: it did not look, and there is something to merge
+    out [group, dim], lse [group]: the state over what is recalled, to be merged with the kept tokens' state
+    """
+
+    looked: bool
+    pages: int
+    merges: bool
+    out: Tensor
+    lse: Tensor
+
+
+@dataclass
+class HeadMargins:
+    """How close this head's decisions were: cosines to theta; page shares to where another page would be wanted."""
+
+    rho: float = math.inf
+    share: float = math.inf
+
+
+@dataclass
+class HeadRecall:
+    """One layer's KV head. k, v: its readable evicted tokens [m, dim], in order of position; mu: [dim]."""
+
+    k: Tensor
+    v: Tensor
+    mu: Tensor
+    settings: Settings
+    scale: float
+    margins: HeadMargins = field(default_factory=HeadMargins)
+    last_q: Tensor | None = None
+    stale: tuple[Tensor, Tensor] | None = None
+    buffer: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.estimated_k = self.mu + _unrotate(_quantise(_rotate(self.k - self.mu)))[:, : self.k.shape[1]]
+
+    def step(self, q: Tensor, kept_lse: Tensor) -> Step:
+        """q [group, dim], kept_lse [group]: log-sum-exp over the kept tokens. The state of what is recalled."""
+        settings = self.settings
+        looks = self.last_q is None
+        if self.last_q is not None:
+            least = min(float(torch.cosine_similarity(a, b, dim=0)) for a, b in zip(q, self.last_q, strict=True))
+            looks = least < settings.kv_recall_theta
+            self.margins.rho = min(self.margins.rho, abs(least - settings.kv_recall_theta))
+
+        attended = list(self.buffer)
+        read: list[int] = []
+        if looks:
+            wanted = self._wanted(q, kept_lse)
+            read = [page for page in wanted if page not in self.buffer]
+            attended += read
+            self.last_q = q
+            self.buffer = (wanted + [page for page in self.buffer if page not in wanted])[: settings.kv_recall_buffer]
+        elif not settings.kv_recall_buffer:
+            assert self.stale is not None
+            out, lse = self.stale
+            return Step(False, 0, not math.isinf(float(lse[0])), out, lse)
+
+        out, lse = self._attend(q, attended)
+        if looks:
+            self.stale = (out, lse)
+        return Step(looks, len(read), not looks and bool(attended), out, lse)
+
+    def _attend(self, q: Tensor, pages: list[int]) -> tuple[Tensor, Tensor]:
+        chosen = [i for page in pages for i in range(page * PAGE, min((page + 1) * PAGE, len(self.k)))]
+        if not chosen:
+            return torch.zeros_like(q), torch.full((len(q),), -math.inf, dtype=q.dtype)
+        logits = self.scale * q @ self.k[chosen].T
+        return logits.softmax(-1) @ self.v[chosen], logits.logsumexp(-1)
+
+    def _wanted(self, q: Tensor, kept_lse: Tensor) -> list[int]:
+        """Pages to have, the one of largest share first."""
+        settings = self.settings
+        logits = self.scale * q @ self.estimated_k.T
+        masses = torch.stack([page.logsumexp(-1) for page in logits.split(PAGE, dim=-1)], dim=-1)  # [group, pages]
+        everything = torch.logaddexp(kept_lse, masses.logsumexp(-1))
+        shares = (masses - everything.unsqueeze(-1)).exp()
+        by_page = shares.max(dim=0).values.tolist()
+        order = sorted(range(len(by_page)), key=lambda page: (-by_page[page], page))
+        if settings.kv_recall_top_p is None:
+            enough = sum(share > settings.recall_eps for share in by_page)
+            for share in by_page:
+                self._near(share, settings.recall_eps)
+        else:
+            allowed = 1 - settings.kv_recall_top_p
+            enough = 0
+            while enough < len(order):
+                unread = float(shares[:, order[enough:]].sum(-1).max())
+                self._near(unread, allowed)
+                if unread <= allowed:
+                    break
+                enough += 1
+        taken = min(enough, settings.recall_pages)
+        if 0 < taken < len(order) and (taken < enough or settings.kv_recall_top_p is not None):
+            self._near(by_page[order[taken - 1]], by_page[order[taken]])
+        if len({*order[:taken], *self.buffer}) > settings.kv_recall_buffer > 0:  # their order decides which stay
+            for better, worse in itertools.pairwise(order[:taken]):
+                self._near(by_page[better], by_page[worse])
+        return order[:taken]
+
+    def _near(self, a: float, b: float) -> None:
+        largest = max(abs(a), abs(b))
+        if largest > 0:
+            self.margins.share = min(self.margins.share, abs(a - b) / largest)
+
+
+def _rotate(x: Tensor) -> Tensor:
+    """Random signs, then the orthonormal Walsh-Hadamard transform, of x [tokens, dim] filled up to a power of two."""
+    size = 1 << max(2, (x.shape[-1] - 1).bit_length())
+    x = torch.nn.functional.pad(x, (0, size - x.shape[-1])) * _signs(size).to(x.dtype)
+    return _walsh_hadamard(x)
+
+
+def _unrotate(y: Tensor) -> Tensor:
+    return _walsh_hadamard(y) * _signs(y.shape[-1]).to(y.dtype)
+
+
+def _walsh_hadamard(x: Tensor) -> Tensor:
+    """Sylvester's order, by butterflies; its own inverse."""
+    size, step = x.shape[-1], 1
+    while step < size:
+        pairs = x.unflatten(-1, (-1, 2, step))
+        x = torch.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], dim=-2).flatten(-3)
+        step *= 2
+    return x / math.sqrt(size)
+
+
+def _signs(size: int) -> Tensor:
+    """The top bits of the splitmix64 sequence (state 0x9E3779B97F4A7C15 before the first number); set: plus."""
+    state, signs = 0x9E3779B97F4A7C15, []
+    for _ in range(size):
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        z = state
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+        signs.append(1.0 if (z ^ (z >> 31)) >= 2**63 else -1.0)
+    return torch.tensor(signs)
+
+
+def _quantise(y: Tensor) -> Tensor:
+    """y [tokens, size] -> what its sketch stands for: two bits per channel, one half-precision scale per token."""
+    rows = []
+    for row in y:
+        rms = row.norm() / math.sqrt(len(row))
+        if rms == 0:
+            rows.append(torch.zeros_like(row))
+            continue
+        u = row / rms
+        code = torch.where(u < 0, -1.0, 1.0) * torch.where(u.abs() > BOUNDARY, OUTER, INNER)
+        c = rms * (u @ u) / (u @ code)
+        rows.append(c.half().to(row.dtype) * code)
+    return torch.stack(rows)

@@ -1,0 +1,91 @@
+"""The sketch of evicted keys: a random rotation, 2 bits per channel, one scale per token. Estimates q . k, unbiased.
+
+y = Rot (k - mu), mu the mean of the head's prompt keys; rms = |y| / sqrt(D'); u = y / rms looks like D' numbers of the
+standard normal distribution, so each is coded by that distribution's 4-level Lloyd-Max quantiser; c = rms <u, u> /
+<u, code> makes c <Rot q, code> an unbiased estimate of q . (k - mu). D: head_dim; D': the next power of two.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+# The 4-level Lloyd-Max quantiser of the standard normal distribution: |u| below and above the threshold.
+THRESHOLD = 0.9816
+LEVELS = (0.4528, 1.5104)
+CHANNELS_PER_BYTE = 4
+SEED = 0x9E3779B97F4A7C15
+
+_MASK = 2**64 - 1
+
+
+def padded_dim(head_dim: int) -> int:
+    """D': the power of two the rotation works in, at least one byte of codes."""
+    return max(CHANNELS_PER_BYTE, 1 << (head_dim - 1).bit_length())
+
+
+@cache
+def rotation(head_dim: int) -> Tensor:
+    """float32 [D', D] with orthonormal columns: signs, then Hadamard (Sylvester's order). The same on every rank."""
+    size = padded_dim(head_dim)
+    hadamard = torch.ones(1, 1)
+    while hadamard.shape[0] < size:
+        hadamard = torch.cat((torch.cat((hadamard, hadamard), 1), torch.cat((hadamard, -hadamard), 1)), 0)
+    signs = torch.tensor([1.0 if _splitmix64(channel) >> 63 else -1.0 for channel in range(size)])
+    return (hadamard * signs / size**0.5)[:, :head_dim].contiguous()
+
+
+def encode(keys: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
+    """Sketch of keys [H, T, D] around mu [H, D]: codes uint8 [H, T, D' / 4], scales float16 [H, T].
+
+    Two bits per channel, the first channel lowest: bit 0 the level, bit 1 the sign (set: not negative).
+    """
+    rotated = (keys.float() - mu.unsqueeze(1)) @ rotation(keys.shape[-1]).T
+    rms = rotated.square().mean(-1).sqrt()
+    u = torch.where(rms.unsqueeze(-1) > 0, rotated / rms.unsqueeze(-1), 0.0)
+    magnitude = u.abs()
+    large = magnitude > THRESHOLD
+    overlap = (magnitude * torch.where(large, LEVELS[1], LEVELS[0])).sum(-1)
+    scales = torch.where(rms > 0, rms * u.square().sum(-1) / overlap, 0.0)
+    bits = large.to(torch.uint8) | (u >= 0).to(torch.uint8) << 1
+    bits = bits.unflatten(-1, (-1, CHANNELS_PER_BYTE))
+    codes = bits[..., 0] | bits[..., 1] << 2 | bits[..., 2] << 4 | bits[..., 3] << 6
+    return codes, scales.to(torch.float16)
+
+
+def estimate(query: Tensor, codes: Tensor, scales: Tensor, mu: Tensor) -> Tensor:
+    """Estimates of q . k for queries [N, G, D] and sketched keys, codes [N, T, D' / 4], scales [N, T], mu [N, D].
+
+    Returns float32 [N, G, T]; not yet scaled by 1 / sqrt(D).
+    """
+    query = query.float()
+    rotated = query @ rotation(query.shape[-1]).T
+    along_code = torch.matmul(rotated, decoded(codes).transpose(-1, -2))
+    return (query * mu.unsqueeze(1)).sum(-1, keepdim=True) + along_code * scales.float().unsqueeze(1)
+
+
+def decoded(codes: Tensor) -> Tensor:
+    """Levels of packed codes: uint8 [..., D' / 4] -> float32 [..., D']."""
+    return _levels_of_bytes()[codes.int()].flatten(-2)
+
+
+def token_bytes(head_dim: int) -> int:
+    """Bytes of one token of one KV head in one layer."""
+    return padded_dim(head_dim) // CHANNELS_PER_BYTE + torch.float16.itemsize
+
+
+@cache
+def _levels_of_bytes() -> Tensor:
+    """float32 [256, 4]: what a byte of codes stands for."""
+    channels = torch.arange(256).unsqueeze(-1) >> torch.tensor([0, 2, 4, 6]) & 3
+    return torch.tensor([-LEVELS[0], -LEVELS[1], LEVELS[0], LEVELS[1]])[channels]
+
+
+def _splitmix64(index: int) -> int:
+    """The index-th number of the splitmix64 generator started at SEED: signs that any language can make again."""
+    z = (SEED + (index + 1) * 0x9E3779B97F4A7C15) & _MASK
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & _MASK
+    return z ^ z >> 31
