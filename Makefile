@@ -44,7 +44,8 @@ test: lint test-unit test-engine ## everything that CI runs
 test-unit: $(VENV)/.installed-dev ## the tests that start no engine
 	$(PYTEST) tests/unit $(ARGS)
 
-test-engine: $(VENV)/.installed-dev ## the covering set of tests against the real engine
+test-engine: export LM_EVAL_PYTHON = $(abspath $(VENV)-lm-eval/bin/python)
+test-engine: $(VENV)/.installed-dev $(VENV)-lm-eval/.installed ## the covering set of tests against the real engine
 	$(PYTEST) tests/engine $(ARGS)
 
 test-full: $(VENV)/.installed-dev ## the whole matrix against the real engine (hours)
@@ -63,7 +64,7 @@ lock: $(VENV)/.installed-dev ## write requirements/*.lock from the environment a
 	$(BIN)/python requirements/make_locks.py
 
 clean: ## remove the environment and everything that was built
-	rm -rf $(VENV) build *.egg-info requirements/vllm_metadata/build requirements/vllm_metadata/*.egg-info
+	rm -rf $(VENV) $(VENV)-lm-eval build *.egg-info requirements/vllm_metadata/build requirements/vllm_metadata/*.egg-info
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(BIN)/python:
@@ -82,4 +83,10 @@ $(VENV)/.installed: pyproject.toml setup.py requirements/cpu.lock requirements/v
 
 $(VENV)/.installed-dev: requirements/dev.lock $(VENV)/.installed
 	$(PIP) install --quiet --no-deps -r requirements/dev.lock
+	@touch $@
+
+# A client of the endpoint with many requirements of its own, some at other versions than vLLM's.
+$(VENV)-lm-eval/.installed: requirements/lm-eval.lock | $(BIN)/python
+	$(PYTHON) -m venv $(VENV)-lm-eval
+	$(VENV)-lm-eval/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r requirements/lm-eval.lock
 	@touch $@

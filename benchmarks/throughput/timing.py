@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-
 # One thread does all the work of these measurements, so its processor time says what its wall clock would on a quiet
 # machine, and other programs disturb it little.
 now = time.thread_time

@@ -82,30 +82,38 @@ struct Tiles {
 inline void matrix_logits(const bf16*, int, const bf16*, float*, long) {}
 #endif
 
+// One pass over the keys, strip by strip: logits in a strip that stays in the first-level cache, then their exponentials
+// relative to the largest logit so far, which are kept. Afterwards every row's sum is known, and they are added up.
 template <class T, int K>
 class Columns {
  public:
-  explicit Columns(const ColumnArguments& a) : a_(a), head_dim_(int(a.head_dim)), width_(int(a.block_size)) {
-    const int64_t most = a.first_position + a.queries;
-    stride_ = (most + width_ - 1) / width_ * width_ + kLanes;  // not a power of two: rows share no cache set
-    logits_.resize(kRows * stride_);
-    query_.resize(kRows * head_dim_);
-    packed_.resize(kRows * head_dim_);
-  }
+  explicit Columns(const ColumnArguments& a)
+      : a_(a),
+        head_dim_(int(a.head_dim)),
+        width_(int(a.block_size)),
+        strip_(std::max(1, kStripTokens / width_) * width_),
+        strips_(int((a.first_position + a.queries + strip_ - 1) / strip_)),
+        strip_stride_(strip_ + kLanes),  // not a power of two: rows share no cache set
+        stride_(long(strips_) * strip_ + kLanes),
+        logits_(kRows * strip_stride_),
+        weights_(kRows * stride_),
+        tops_(long(strips_) * kRows),
+        query_(kRows * head_dim_),
+        packed_(kRows * head_dim_) {}
 
   void add(int64_t kv_head) {
     for (int64_t h = kv_head * a_.group; h < (kv_head + 1) * a_.group; h++)
       for (int64_t start = 0; start < a_.queries; start += kRows) {
         const int rows = int(std::min<int64_t>(kRows, a_.queries - start));
-        const int64_t seen = a_.first_position + start + rows;
         take_queries(h, start, rows);
-        logits(kv_head, rows, seen);
-        for (int row = 0; row < rows; row++) shares_[row] = softmax(row, seen - rows + row + 1, seen);
-        add_rows(a_.sums + kv_head * a_.sums_stride, rows, seen);
+        add_rows(kv_head, rows, a_.first_position + start);
       }
   }
 
  private:
+  static constexpr int kStripTokens = 128;
+  static constexpr float kNothing = -1e30f;  // a logit without weight, in powers of two
+
   void take_queries(int64_t head, int64_t start, int rows) {
     if (a_.amx) std::fill(packed_.begin(), packed_.end(), T{});
     for (int row = 0; row < rows; row++) {
@@ -117,51 +125,95 @@ class Columns {
     }
   }
 
-  void logits(int64_t kv_head, int rows, int64_t seen) {
-    for (int64_t base = 0; base < seen; base += width_) {
-      const T* keys = (const T*)a_.cache + a_.blocks[base / width_] * a_.block_stride + kv_head * a_.head_stride;
-      const int last = int(std::min<int64_t>(width_, seen - base));
-      float* out = logits_.data() + base;
+  // Rows at positions first, first + 1, ...
+  void add_rows(int64_t kv_head, int rows, int64_t first) {
+    const int64_t seen = first + rows;
+    std::fill(std::begin(top_), std::end(top_), kNothing);
+    std::fill(std::begin(totals_), std::end(totals_), Floats{});
+    const int strips = int((seen + strip_ - 1) / strip_);
+    for (int strip = 0; strip < strips; strip++) {
+      const int64_t base = int64_t(strip) * strip_;
+      const int last = int(std::min<int64_t>(strip_, seen - base));
+      strip_logits(kv_head, rows, base, last);
+      for (int row = 0; row < rows; row++) weigh(row, strip, last, first + row + 1 - base);
+    }
+    for (int row = 0; row < rows; row++) total_[row] = sum(totals_[row]);
+    for (int strip = 0; strip < strips; strip++) {
+      const int64_t base = int64_t(strip) * strip_;
+      add_strip(a_.sums + kv_head * a_.sums_stride + base, rows, strip, std::min<int64_t>(strip_, seen - base));
+    }
+  }
+
+  void strip_logits(int64_t kv_head, int rows, int64_t base, int last) {
+    for (int at = 0; at < last; at += width_) {
+      const int64_t block = a_.blocks[(base + at) / width_];
+      const T* keys = (const T*)a_.cache + block * a_.block_stride + kv_head * a_.head_stride;
+      const int count = std::min(width_, last - at);
+      if (at + width_ < last) fetch(a_.blocks[(base + at) / width_ + 1], kv_head);
+      float* out = logits_.data() + at;
       if constexpr (K == kKeyPairs)
         if (a_.amx) {
-          for (int t = 0; t < last; t += 2 * kLanes)
-            matrix_logits(keys + t * head_dim_, head_dim_, packed_.data(), out + t, stride_);
+          for (int t = 0; t < count; t += 2 * kLanes)
+            matrix_logits(keys + t * head_dim_, head_dim_, packed_.data(), out + t, strip_stride_);
           continue;
         }
-      tile_logits<K>(Tile<T>{keys, nullptr, 0, last}, width_, head_dim_, query_.data(), rows, out, stride_);
+      tile_logits<K>(Tile<T>{keys, nullptr, 0, count}, width_, head_dim_, query_.data(), rows, out, strip_stride_);
     }
   }
 
-  // Logits of a row become exp(scale * (logit - maximum)), 0 beyond its `own` columns; returns 1 over group and sum.
-  float softmax(int row, int64_t own, int64_t seen) {
-    float* at = logits_.data() + row * stride_;
-    const int64_t padded = (seen + kLanes - 1) / kLanes * kLanes;
-    std::fill(at + own, at + padded, -kInf);
-    Floats tops = broadcast(-kInf);
-    for (int64_t t = 0; t < padded; t += kLanes) tops = max(tops, load(at + t));
-    const float top = maximum(tops), scale = float(a_.scale);
-    Floats totals = {};
-    for (int64_t t = 0; t < padded; t += kLanes) {
-      const Floats weight = exp_nonpositive((load(at + t) - top) * scale);
-      store(at + t, weight);
+  // The keys of a block that will be needed next.
+  void fetch(int64_t block, int64_t kv_head) {
+    const char* at = (const char*)((const T*)a_.cache + block * a_.block_stride + kv_head * a_.head_stride);
+    for (const char* end = at + long(width_) * head_dim_ * sizeof(T); at < end; at += 64) __builtin_prefetch(at);
+  }
+
+  // A row's logits of a strip become weights, relative to the row's largest logit so far; `own` columns are its.
+  void weigh(int row, int strip, int last, int64_t own) {
+    float* logits = logits_.data() + row * strip_stride_;
+    float* weights = weights_.data() + row * stride_ + long(strip) * strip_;
+    const float scale = float(a_.scale) * 1.44269504088896341f;
+    const int padded = (last + kLanes - 1) / kLanes * kLanes;
+    for (int64_t t = std::max<int64_t>(own, 0); t < padded; t++) logits[t] = kNothing / scale;
+    Floats tops = broadcast(kNothing);
+    for (int t = 0; t < padded; t += kLanes) tops = max(tops, load(logits + t) * scale);
+    if (any_above(tops, top_[row])) {
+      const float top = maximum(tops);
+      totals_[row] *= broadcast(std::exp2(top_[row] - top));
+      top_[row] = top;
+    }
+    Floats totals = totals_[row];
+    const float top = tops_[long(strip) * kRows + row] = top_[row];
+    for (int t = 0; t < padded; t += kLanes) {
+      const Floats weight = exp2_nonpositive(load(logits + t) * scale - top);
+      store(weights + t, weight);
       totals += weight;
     }
-    return 1.0f / (sum(totals) * float(a_.group));
+    totals_[row] = totals;
   }
 
-  void add_rows(float* sums, int rows, int64_t seen) {
-    for (int64_t t = 0; t < seen; t += kLanes) {
+  void add_strip(float* sums, int rows, int strip, int64_t count) {
+    float shares[kRows];
+    for (int row = 0; row < rows; row++) {
+      const float top = tops_[long(strip) * kRows + row];
+      shares[row] = (top == top_[row] ? 1.0f : std::exp2(top - top_[row])) / (total_[row] * float(a_.group));
+    }
+    const float* weights = weights_.data() + long(strip) * strip_;
+    for (int64_t t = 0; t < count; t += kLanes) {
       Floats total = {};
-      for (int row = 0; row < rows; row++) total += load(logits_.data() + row * stride_ + t) * shares_[row];
-      for (int i = 0; i < kLanes && t + i < seen; i++) sums[t + i] += total[i];
+      for (int row = 0; row < rows; row++) total += load(weights + row * stride_ + t) * shares[row];
+      if (t + kLanes <= count)
+        store(sums + t, load(sums + t) + total);
+      else
+        for (int i = 0; t + i < count; i++) sums[t + i] += total[i];
     }
   }
 
   const ColumnArguments& a_;
-  int head_dim_, width_;
-  long stride_;
-  float shares_[kRows];
-  std::vector<float> logits_, query_;
+  int head_dim_, width_, strip_, strips_;
+  long strip_stride_, stride_;
+  Floats totals_[kRows];
+  float top_[kRows], total_[kRows];
+  std::vector<float> logits_, weights_, tops_, query_;
   std::vector<T> packed_;
 };
 

@@ -119,4 +119,35 @@ inline Floats exp_nonpositive(Floats x) {
 #endif
 }
 
+// 2^t for t <= 0, finite, within 2e-7; 0 far below.
+inline Floats exp2_nonpositive(Floats t) {
+#if defined(__AVX512F__)
+  const Floats n = _mm512_maskz_roundscale_ps(0xffff, t, 0);
+  const Floats r = t - n;
+#else
+  const Floats clamped = max(t, broadcast(-126.0f)), magic = broadcast(12582912.0f);
+  const Floats shifted = clamped + magic;
+  const Floats r = clamped - (shifted - magic);
+#endif
+  Floats p = broadcast(1.3264726899e-3f);
+  p = p * r + 9.6715126606e-3f;
+  p = p * r + 5.5507337442e-2f;
+  p = p * r + 2.4022242085e-1f;
+  p = p * r + 6.9314697760e-1f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return _mm512_maskz_scalef_ps(0xffff, p, n);
+#else
+  return t < -126.0f ? Floats{} : (Floats)((Ints)p + (((Ints)shifted - (Ints)magic) << 23));
+#endif
+}
+
+inline bool any_above(Floats v, float bound) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(v, broadcast(bound), _CMP_GT_OQ) != 0;
+#else
+  return maximum(v) > bound;
+#endif
+}
+
 }  // namespace calidrop
