@@ -66,7 +66,10 @@ def test_alone_as_among_neighbours(engine_named: Callable[[str], Engine], refere
 def test_calibration_size_and_short_pages(
     policy: str, engine_named: Callable[[str], Engine], reference: CachedReference
 ) -> None:
-    """Only some evicted tokens are stored: fewer than a page, a page, a page and a token; and one evicted token."""
+    """Only some evicted tokens are stored: fewer than a page, a page, a page and a token; and one evicted token.
+
+    Which of them is often decided between tied scores: those prompts only have to be answered.
+    """
     asks = [
         Ask(
             prompt_of(400, seed),
@@ -77,7 +80,12 @@ def test_calibration_size_and_short_pages(
         for how in RECALL[:3]
     ]
     asks += [Ask(prompt_of(200, seed=7)[:65], 10, {"kv_budget": 64, "kv_policy": policy, **PAGES, **RECALL[1]})]
-    assert_equal_to_reference(asks, engine_named("block32-whole").ask(asks), [reference(ask) for ask in asks])
+    answers = engine_named("block32-whole").ask(asks)
+    clear = [i for i, ask in enumerate(asks) if not too_close(reference(ask))]
+    assert len(clear) >= 6, clear
+    assert_equal_to_reference(
+        [asks[i] for i in clear], [answers[i] for i in clear], [reference(asks[i]) for i in clear]
+    )
 
 
 @pytest.mark.parametrize("choice", [{"kv_recall_eps": 0.0, "kv_recall_pages": 1000}, {"kv_recall_top_p": 1.0}])
