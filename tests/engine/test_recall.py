@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.engine.cases import POLICIES, CachedReference, prompt_of
-from tests.engine.harness import Ask, Engine, assert_equal_to_reference, too_close
+from tests.engine.harness import Ask, Engine, assert_equal_to_reference, difference, too_close
 from vllm_calidrop.cache.layout import PAGE_TOKENS
 from vllm_calidrop.cache.swap import SwapLedger
 
@@ -68,7 +68,7 @@ def test_calibration_size_and_short_pages(
 ) -> None:
     """Only some evicted tokens are stored: fewer than a page, a page, a page and a token; and one evicted token.
 
-    Which of them is often decided between tied scores: those prompts only have to be answered.
+    Which of them is often decided between tied scores, so more prompts than elsewhere may differ there.
     """
     asks = [
         Ask(
@@ -81,11 +81,10 @@ def test_calibration_size_and_short_pages(
     ]
     asks += [Ask(prompt_of(200, seed=7)[:65], 10, {"kv_budget": 64, "kv_policy": policy, **PAGES, **RECALL[1]})]
     answers = engine_named("block32-whole").ask(asks)
-    clear = [i for i, ask in enumerate(asks) if not too_close(reference(ask))]
-    assert len(clear) >= 6, clear
-    assert_equal_to_reference(
-        [asks[i] for i in clear], [answers[i] for i in clear], [reference(asks[i]) for i in clear]
-    )
+    expected = [reference(ask) for ask in asks]
+    differs = [difference(*each) for each in zip(asks, answers, expected, strict=True)]
+    assert not [what for what, result in zip(differs, expected) if what and not too_close(result)]
+    assert differs.count(None) >= 0.75 * len(asks), differs
 
 
 @pytest.mark.parametrize("choice", [{"kv_recall_eps": 0.0, "kv_recall_pages": 1000}, {"kv_recall_top_p": 1.0}])

@@ -6,8 +6,6 @@ back end; it runs under Triton's interpreter in the tests, and is compiled there
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -18,25 +16,25 @@ from vllm_calidrop.recall.sketch import LEVELS, rotation
 
 
 @triton.jit
-def look_kernel(
-    rotated: Any,  # float32 [N, G, 4, D' / 4]: Rot q, channels of a byte apart
-    along_mu: Any,  # float32 [N, G]: q . mu
-    codes: Any,  # uint8 [blocks, H, TOKENS, D' / 4], one layer's
-    scales: Any,  # float16 [blocks, H, TOKENS]
-    blocks: Any,  # int64 [N, W]
-    kv_heads: Any,  # int64 [N]
-    stored: Any,  # int64 [N]
-    masses: Any,  # float32 [N, G, W * PAGES]
-    scale: Any,
-    num_heads: Any,
-    width: Any,
-    inner: Any,
-    outer: Any,
+def look_kernel(  # type: ignore[no-untyped-def]  # annotations of a kernel are read as constants
+    rotated,  # float32 [N, G, 4, D' / 4]: Rot q, channels of a byte apart
+    along_mu,  # float32 [N, G]: q . mu
+    codes,  # uint8 [blocks, H, TOKENS, D' / 4], one layer's
+    scales,  # float16 [blocks, H, TOKENS]
+    blocks,  # int64 [N, W]
+    kv_heads,  # int64 [N]
+    stored,  # int64 [N]
+    masses,  # float32 [N, G, W * PAGES]
+    scale,
+    num_heads,
+    width,
+    inner,
+    outer,
     GROUP: tl.constexpr,
     BYTES: tl.constexpr,
     TOKENS: tl.constexpr,
     PAGES: tl.constexpr,
-) -> None:
+):
     """One program: one sketch block of one (sequence, KV head) pair, for all its query heads."""
     pair, column = tl.program_id(0), tl.program_id(1)
     count = tl.load(stored + pair)
