@@ -188,15 +188,16 @@ def misplaced(answer: Answer, expected: Result) -> int:
     )
 
 
-# Sharp attention gives H2O tied scores (tokens only they attend to): rounding decides which of them stay.
-TIED_TOKENS = 4
+# Sharp attention gives tied scores: tokens that only they themselves attend to (H2O), or nobody does (SnapKV, sums
+# that underflow). Which of them stay is rounding's choice. With more such prompts the check of kept sets would be thin.
+TIED_SHARE = 0.25
 
 
 def assert_equal_to_reference(asks: Sequence[Ask], answers: Sequence[Answer], expected: Sequence[Result]) -> None:
     """Every answer equals the reference: tokens, counts per layer, kept sets.
 
     But for prompts it calls too close, which are listed: at most 2 % differ in tokens or counts; kept sets may differ,
-    with the same answer, by a few tokens where the reference's own scores are tied.
+    with the same tokens and counts, where the reference's own scores at the budget's edge are tied.
     """
     excepted, ties, wrong = [], [], []
     for index, (ask, answer, result) in enumerate(zip(asks, answers, expected, strict=True)):
@@ -206,8 +207,9 @@ def assert_equal_to_reference(asks: Sequence[Ask], answers: Sequence[Answer], ex
         if what is not None:
             (excepted if too_close(result) else wrong).append(label)
         elif moved:
-            (ties if moved <= TIED_TOKENS and result.margins.score < SCORE_MARGIN else wrong).append(label)
+            (ties if result.margins.score < SCORE_MARGIN else wrong).append(label)
     assert not wrong, "\n".join(wrong)
     if excepted or ties:
         print("the reference was too close:", *excepted, *ties, sep="\n  ")
     assert len(excepted) <= max(1, EXCEPTED_SHARE * len(asks)), excepted
+    assert len(ties) <= max(1, TIED_SHARE * len(asks)), ties
