@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -40,6 +40,8 @@ class Answer:
 class Engine:
     """`LLM` with the CALIDROP backend (or another one), fp32 and eager unless told otherwise."""
 
+    _alive: ClassVar[int] = 0
+
     def __init__(self, model: str, backend: str | None = "CALIDROP", **options: Any) -> None:
         from vllm import LLM
 
@@ -64,9 +66,13 @@ class Engine:
         if backend == "CALIDROP":
             self.worker.calidrop.on_compaction = self._on_compaction
         self._watch_preemptions()
+        Engine._alive += 1
 
     def close(self) -> None:
-        self.core.shutdown()
+        """Shutting down ends the process groups that all engines of a process share: the last one does it."""
+        Engine._alive -= 1
+        if Engine._alive == 0:
+            self.core.shutdown()
 
     def submit(self, request_id: str, ask: Ask, **sampling: Any) -> None:
         from vllm import SamplingParams
