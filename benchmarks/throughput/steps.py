@@ -1,7 +1,6 @@
 """Decode steps of 16 sequences: compacted ones against vLLM's own backend with prompts as short as what is kept.
 
-Both engines live in this process and take turns step by step. Prompts of a batch are equal, so all but the first come
-from the prefix cache (but for what compaction needs of its own): a decode step does not care how its KV came to be.
+Both engines live in this process and take turns step by step.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from benchmarks.throughput.engine import Engine, random_prompt
 from benchmarks.throughput.timing import load, now, ratio
 
 SEQUENCES, BUDGET = 16, 128
+DISTINCT = 1024  # prompts up to this length differ from each other
 EVICTION = {"kv_budget": BUDGET, "kv_calibration": False}
 CALIDROP = {"kv_budget": BUDGET, "kv_theta1": 0.7, "kv_theta2": 0.85}
 RECOMPUTE = {"kv_budget": BUDGET, "kv_theta1": 2.0, "kv_theta2": 2.0}
@@ -54,11 +54,12 @@ def _one(stock: Engine, ours: Engine, length: int, settings: dict[str, Any], ste
 
 
 def _start(engine: Engine, length: int, settings: dict[str, Any], tokens: int) -> None:
-    """All sequences have their first token; the first fills the prefix cache for the others."""
-    prompt = random_prompt(length)
-    engine.submit([prompt], tokens + SEQUENCES * 8, settings)
+    """All sequences have their first token. Long prompts are equal: the first fills the prefix cache for the others,
+    and what they keep is their own. Short ones differ, because equal ones would share the blocks that are measured."""
+    prompts = [random_prompt(length, seed if length <= DISTINCT else 0) for seed in range(SEQUENCES)]
+    engine.submit(prompts[:1], tokens + SEQUENCES * 8, settings)
     engine.prefill()
-    engine.submit([prompt] * (SEQUENCES - 1), tokens + 64, settings)
+    engine.submit(prompts[1:], tokens + 64, settings)
     engine.prefill()
 
 
@@ -69,22 +70,24 @@ def profile(model: str, length: int, steps: int) -> dict[str, Any]:
     from vllm_calidrop.attention.impl import CaliDropImpl
 
     found: dict[str, Any] = {}
-    for name, backend, settings in (("stock", None, {}), ("calidrop", "calidrop", CALIDROP)):
-        engine = Engine(model, backend, length + 1024)
-        spent = {"attention": 0.0, "model": 0.0}
-        attention = CPUAttentionBackendImpl if backend is None else CaliDropImpl
-        runner = engine.core.model_executor.driver_worker.worker.model_runner
-        try:
-            _start(engine, length if settings else BUDGET, settings, steps + 8)
+    engines = {name: Engine(model, backend, length + 1024) for name, backend in (("stock", None), ("ours", "calidrop"))}
+    cases = [("stock", "stock", BUDGET, {}), ("eviction only", "ours", length, EVICTION)]
+    try:
+        for case, name, prompt, settings in cases:
+            engine, spent = engines[name], {"attention": 0.0, "model": 0.0}
+            attention = CPUAttentionBackendImpl if name == "stock" else CaliDropImpl
+            runner = engine.core.model_executor.driver_worker.worker.model_runner
+            _start(engine, prompt, settings, steps + 8)
             with _timed(attention, "forward", spent, "attention"), _timed(runner, "execute_model", spent, "model"):
                 whole = sum(engine.step() for _ in range(steps))
             engine.abort_all()
-        finally:
+            parts = {part: seconds / steps * 1e3 for part, seconds in spent.items()}
+            parts["rest of the model"] = parts.pop("model") - parts["attention"]
+            parts["outside of it"] = whole / steps * 1e3 - sum(parts.values())
+            found[case] = parts
+    finally:
+        for engine in engines.values():
             engine.close()
-        parts = {part: seconds / steps * 1e3 for part, seconds in spent.items()}
-        parts["rest of the model"] = parts.pop("model") - parts["attention"]
-        parts["outside of it"] = whole / steps * 1e3 - sum(parts.values())
-        found[name] = parts
     return found
 
 
