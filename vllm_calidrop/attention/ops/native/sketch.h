@@ -1,0 +1,172 @@
+// The sketch's side of a look: estimated logits of evicted tokens, and from them every page's share of the attention.
+// One pass over the 2-bit codes as they lie; a level is looked up in a register. The meaning is recall/sketch.py's and
+// recall/looks.py::page_shares'.
+#pragma once
+
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <vector>
+
+#include "simd.h"
+
+namespace calidrop {
+
+constexpr int kPage = 16;          // tokens: one vector
+constexpr int kWordChannels = 16;  // channels of a word of codes
+constexpr int kHeadsAtOnce = 4;
+static_assert(kPage == kLanes, "a page is a vector");
+
+// The four levels by their two bits (sign, then which), for 16 words at once: bits 0 and 1 count, the others may be set.
+class Levels {
+ public:
+  Levels(float inner, float outer) : inner_(inner), outer_(outer) {
+    for (int i = 0; i < kLanes; i++) table_[i] = (i & 2 ? 1 : -1) * (i & 1 ? outer : inner);
+  }
+  Floats operator()(Words bits) const {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_permutevar_ps((__m512)table_, (__m512i)bits);
+#elif defined(__AVX__)
+    __m256i halves[2];
+    std::memcpy(halves, &bits, sizeof(bits));
+    const __m256 table = load_as<__m256>(&table_);
+    const __m256 found[2] = {_mm256_permutevar_ps(table, halves[0]), _mm256_permutevar_ps(table, halves[1])};
+    return load_as<Floats>(found);
+#else
+    const Floats size = (bits & 1) != 0 ? broadcast(outer_) : broadcast(inner_);
+    return (bits & 2) != 0 ? size : -size;
+#endif
+  }
+
+ private:
+  float inner_, outer_;
+  Floats table_;
+};
+
+// Half-precision numbers that are not negative.
+inline Floats load_scales(const uint16_t* from) {
+  return (Floats)(__builtin_convertvector(load_as<Halfwords>(from), Words) << 13) * 0x1p112f;
+}
+
+// Random signs, then Hadamard in Sylvester's order, not normalised: y [size] from x [dim].
+inline void rotate(const float* x, int dim, const float* signs, int size, float* y) {
+  for (int i = 0; i < size; i++) y[i] = i < dim ? x[i] * signs[i] : 0.0f;
+  for (int step = 1; step < size; step *= 2)
+    for (int i = 0; i < size; i += 2 * step)
+      for (int j = i; j < i + step; j++) {
+        const float a = y[j], b = y[j + step];
+        y[j] = a + b, y[j + step] = a - b;
+      }
+}
+
+// <query, code> of V pages for H heads. words: [V, num_words, kPage]; query: [16 * num_words, H].
+template <int H, int V>
+inline void page_dots(const uint32_t* words, int num_words, const float* query, const Levels& levels, Floats* out) {
+  Floats sums[V][H] = {};
+  for (int w = 0; w < num_words; w++) {
+    Words bits[V];
+    for (int v = 0; v < V; v++) bits[v] = load_as<Words>(words + (v * num_words + w) * kPage);
+    for (int c = 0; c < kWordChannels; c++, query += H)
+      for (int v = 0; v < V; v++) {
+        const Floats level = levels(bits[v]);
+        bits[v] >>= 2;
+        for (int h = 0; h < H; h++) sums[v][h] += level * query[h];
+      }
+  }
+  for (int v = 0; v < V; v++)
+    for (int h = 0; h < H; h++) out[v * H + h] = sums[v][h];
+}
+
+// A KV head's sketched tokens, and the queries that look at them.
+struct Sketched {
+  const uint8_t* codes;    // of the layer: [blocks, KV heads, pages, num_words, kPage, 4]
+  const uint16_t* scales;  // [blocks, KV heads, pages, kPage]
+  const int64_t* blocks;   // of the sequence
+  int64_t kv_heads, kv_head, pages_per_block, tokens;
+  int num_words;
+  Levels levels;
+};
+
+// Shares of all pages in the attention of `heads` queries; a thread keeps one and uses it again.
+class PageShares {
+ public:
+  // query: [heads, D]; mu: [D]; signs: [16 * num_words]; kept_lse: [heads].
+  void look(const Sketched& sketch, const float* query, int heads, int head_dim, const float* mu, const float* signs,
+            float scale, const float* kept_lse) {
+    heads_ = heads, pages_ = (sketch.tokens + kPage - 1) / kPage;
+    const int64_t blocks = (pages_ + sketch.pages_per_block - 1) / sketch.pages_per_block;
+    stride_ = std::max<int64_t>(blocks * sketch.pages_per_block, (pages_ + kLanes - 1) / kLanes * kLanes);
+    logits_.resize(heads * stride_ * kPage);
+    shares_.resize(heads * stride_);
+    const int size = sketch.num_words * kWordChannels;
+    rotated_.resize(size), turned_.resize(kHeadsAtOnce * size), base_.resize(heads);
+    int h = 0;
+    const auto turn = [&](int count) {
+      for (int i = 0; i < count; i++) {
+        const float* q = query + (h + i) * head_dim;
+        rotate(q, head_dim, signs, size, rotated_.data());
+        float along_mu = 0;
+        for (int d = 0; d < head_dim; d++) along_mu += q[d] * mu[d];
+        base_[h + i] = along_mu * scale;
+        for (int d = 0; d < size; d++) turned_[d * count + i] = rotated_[d] * (scale / std::sqrt(float(size)));
+      }
+    };
+    for (; h + 4 <= heads; h += 4) turn(4), logits<4, 1>(sketch, h);
+    for (; h + 2 <= heads; h += 2) turn(2), logits<2, 2>(sketch, h);
+    for (; h < heads; h++) turn(1), logits<1, 4>(sketch, h);
+    for (h = 0; h < heads; h++) shares(h, kept_lse[h]);
+  }
+
+  int64_t pages() const { return pages_; }
+  int heads() const { return heads_; }
+  float of(int head, int64_t page) const { return shares_[head * stride_ + page]; }
+
+ private:
+  template <int H, int V>
+  void logits(const Sketched& sketch, int first_head) {
+    const int64_t page_words = int64_t(sketch.num_words) * kPage, per_block = sketch.pages_per_block;
+    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int64_t page = 0; page < pages_; page += V) {
+      const int64_t at = (sketch.blocks[page / per_block] * sketch.kv_heads + sketch.kv_head) * per_block + page % per_block;
+      Floats dots[V * H];
+      page_dots<H, V>((const uint32_t*)sketch.codes + at * page_words, sketch.num_words, turned_.data(), sketch.levels,
+                      dots);
+      for (int v = 0; v < V; v++) {
+        const int rest = int(std::clamp<int64_t>(sketch.tokens - (page + v) * kPage, 0, kPage));
+        const Floats scales = load_scales(sketch.scales + (at + v) * kPage);
+        for (int h = 0; h < H; h++) {
+          Floats found = dots[v * H + h] * scales + base_[first_head + h];
+          if (rest < kPage) found = lane < rest ? found : broadcast(-kInf);
+          store(logits_.data() + ((first_head + h) * stride_ + page + v) * kPage, found);
+        }
+      }
+    }
+  }
+
+  // Each page's sum of exponentials, over that of everything, the kept tokens included.
+  void shares(int head, float kept_lse) {
+    float *logits = logits_.data() + head * stride_ * kPage, *shares = shares_.data() + head * stride_;
+    Floats tops = broadcast(kept_lse);
+    for (int64_t page = 0; page < pages_; page++) tops = max(tops, load(logits + page * kPage));
+    const float top = maximum(tops);
+    float total = std::exp(kept_lse - top);
+    for (int64_t page = 0; page < pages_; page += kLanes) {
+      Floats each[kLanes];
+      for (int i = 0; i < kLanes; i++)
+        each[i] = page + i < pages_ ? exp_nonpositive(load(logits + (page + i) * kPage) - top) : Floats{};
+      const Floats sums = sums_of(each);
+      store(shares + page, sums);
+      total += sum(sums);
+    }
+    const float share = 1.0f / total;
+    for (int64_t page = 0; page < pages_; page++) shares[page] *= share;
+  }
+
+  int heads_ = 0;
+  int64_t pages_ = 0, stride_ = 0;
+  std::vector<float> logits_, shares_, rotated_, turned_, base_;
+};
+
+}  // namespace calidrop
