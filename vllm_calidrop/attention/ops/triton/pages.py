@@ -13,20 +13,19 @@ SWAP_BLOCK_TOKENS: tl.constexpr = tl.constexpr(layout.SWAP_BLOCK_TOKENS)
 
 @triton.jit
 def load_evicted(  # type: ignore[no-untyped-def]
-    pages, block_ids, first, count, kv_head, page_block, page_head, in_head, HEAD_DIM: tl.constexpr,
+    pages, block_ids, tile, count, kv_head, page_block, page_head, in_head, HEAD_DIM: tl.constexpr,
     TILE_N: tl.constexpr, TILE_D: tl.constexpr
 ):  # fmt: skip
-    """K^T [D, T], V [T, D] and which of them exist: tokens [first, first + T) of a (sequence, KV head), below `count`.
+    """K^T [D, T], V [T, D] and which of them exist: tile number `tile` of a (sequence, KV head).
 
-    pages: one layer's; block_ids: the sequence's swap blocks. A tile lies in one swap block: `first` is a multiple of
-    TILE_N, which divides SWAP_BLOCK_TOKENS. Of a tile's KV every page is one contiguous run of 2 * PAGE_TOKENS * D.
+    pages: one layer's; block_ids: the sequence's swap blocks; count: its tokens. TILE_N divides SWAP_BLOCK_TOKENS, so
+    a tile lies in one swap block, and is one contiguous run of whole pages.
     """
     token, d = tl.arange(0, TILE_N), tl.arange(0, TILE_D)
-    first = tl.full((), 0, dtype=tl.int32) + first  # a loop counter is a Python number under the interpreter
-    exists = first + token < count
-    block = tl.load(block_ids + first // SWAP_BLOCK_TOKENS).to(tl.int64)
-    page = first % SWAP_BLOCK_TOKENS // PAGE_TOKENS
-    run = block * page_block + kv_head * page_head + page * (2 * PAGE_TOKENS * HEAD_DIM)
+    tile = tl.full((), 0, dtype=tl.int32) + tile  # a loop counter is a Python number under the interpreter
+    exists = tile * TILE_N + token < count
+    block = tl.load(block_ids + tile // (SWAP_BLOCK_TOKENS // TILE_N)).to(tl.int64)
+    run = block * page_block + kv_head * page_head + tile % (SWAP_BLOCK_TOKENS // TILE_N) * (2 * TILE_N * HEAD_DIM)
     offset = token // PAGE_TOKENS * (2 * PAGE_TOKENS * HEAD_DIM) + token % PAGE_TOKENS * HEAD_DIM
     keys_t = tl.load(pages + run + offset[None, :] + d[:, None], mask=exists[None, :] & in_head[:, None], other=0.0)
     values = tl.load(

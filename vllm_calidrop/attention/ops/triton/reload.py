@@ -36,7 +36,7 @@ def reload_evicted(
         scratch.evicted_out, scratch.evicted_lse, scratch.decision, scale, query.stride(0), query.stride(1),
         pages.stride(0), pages.stride(1), sequences.swap_blocks.stride(0), KV_HEADS=kv_heads, GROUP=group,
         HEAD_DIM=head_dim, SPLITS=splits, TILE_M=tiles.m, TILE_N=tiles.n, TILE_D=tiles.d, num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        num_stages=tiles.stages, maxnreg=tiles.registers,
     )  # fmt: skip
 
 
@@ -68,16 +68,17 @@ def reload_kernel(  # type: ignore[no-untyped-def]  # annotations of a kernel ar
         other=0.0,
     )
     count = tl.load(stored_of_slot + slot).to(tl.int32)
-    share = tl.cdiv(tl.cdiv(count, SPLITS), TILE_N) * TILE_N
+    tiles = tl.cdiv(count, TILE_N)
+    share = tl.cdiv(tiles, SPLITS)
     first = split * share
-    last = tl.minimum(first + share, count)
+    last = tl.minimum(first + share, tiles)
     top = tl.full((TILE_M,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((TILE_M,), dtype=tl.float32)
     acc = tl.zeros((TILE_M, TILE_D), dtype=tl.float32)
     block_ids = swap_blocks + slot * table_slot
-    for begin in range(first, last, TILE_N):
+    for tile in range(first, last):
         keys_t, values, exists = load_evicted(
-            pages, block_ids, begin, last, kv_head, page_block, page_head, in_head, HEAD_DIM, TILE_N, TILE_D
+            pages, block_ids, tile, count, kv_head, page_block, page_head, in_head, HEAD_DIM, TILE_N, TILE_D
         )
         top, total, acc = attend_tile(q, keys_t, values, exists, scale * LOG2_E, top, total, acc)
     store_partial(evicted_out, evicted_lse, top, total, acc, of_row, split, in_group, SPLITS, HEAD_DIM, TILE_D)
