@@ -40,7 +40,8 @@ def decode_kept(
         sequences.theta1, sequences.theta2, sequences.gate, state.query, scratch.kept_out, scratch.kept_lse,
         scratch.decision, scale, query.stride(0), query.stride(1), *key.stride(), *value.stride(),
         rows.block_table.stride(0), BLOCK_SIZE=block_size, KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim,
-        SPLITS=splits, TILE_M=tiles.m, TILE_N=tiles.n, TILE_D=tiles.d, num_warps=tiles.warps, num_stages=tiles.stages, maxnreg=tiles.registers,
+        SPLITS=splits, TILE_M=tiles.m, TILE_N=tiles.n, TILE_D=tiles.d, num_warps=tiles.warps, num_stages=tiles.stages,
+        maxnreg=tiles.registers,
     )  # fmt: skip
 
 
