@@ -42,7 +42,7 @@ install-dev: $(VENV)/.installed-dev ## the same, and the test tools
 test: lint test-unit test-engine ## everything that CI runs
 
 test-unit: $(VENV)/.installed-dev ## the tests that start no engine
-	$(PYTEST) tests/unit $(ARGS)
+	$(PYTEST) tests/unit -n auto $(ARGS)
 
 test-engine: export LM_EVAL_PYTHON = $(abspath $(VENV)-lm-eval/bin/python)
 test-engine: $(VENV)/.installed-dev $(VENV)-lm-eval/.installed ## the covering set of tests against the real engine
