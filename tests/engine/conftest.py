@@ -44,7 +44,7 @@ ENGINES = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several test processes: tests that share an engine or a server run in the same one, as do those of a file."""
+    """With several test processes: those that share an engine, a server or a file share a process."""
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
         group = next((name for name in ("engine_named", "server") if name in fixtures), item.path.stem)
