@@ -42,11 +42,11 @@ install-dev: $(VENV)/.installed-dev ## the same, and the test tools
 test: lint test-unit test-engine ## everything that CI runs
 
 test-unit: $(VENV)/.installed-dev ## the tests that start no engine
-	$(PYTEST) tests/unit $(ARGS)
+	$(PYTEST) tests/unit -n auto $(ARGS)
 
 test-engine: export LM_EVAL_PYTHON = $(abspath $(VENV)-lm-eval/bin/python)
 test-engine: $(VENV)/.installed-dev $(VENV)-lm-eval/.installed ## the covering set of tests against the real engine
-	$(PYTEST) tests/engine $(ARGS)
+	$(PYTEST) tests/engine -n 2 --dist loadgroup $(ARGS)
 
 test-full: $(VENV)/.installed-dev ## the whole matrix against the real engine (hours)
 	$(PYTEST) tests/engine -m full $(ARGS)
