@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm_calidrop.attention.ops import recall as in_torch
 from vllm_calidrop.attention.ops.native import build
 from vllm_calidrop.attention.ops.native import recall as in_native
-from vllm_calidrop.cache.layout import swap_blocks_for
+from vllm_calidrop.cache.layout import pages_for, swap_blocks_for
 from vllm_calidrop.cache.swap import SwapPool
 from vllm_calidrop.calibration import cosine
 from vllm_calidrop.recall.looks import page_shares
@@ -39,7 +39,7 @@ HOW: tuple[tuple[float, float, float | None, int, int], ...] = (
     (2.0, 0.0, 0.9, 64, 0),
     (0.8, 0.0, 0.7, 5, 7),
     (2.0, 0.0, 1.0, 1000, 64),
-    (-2.0, 0.3, None, 2, 1),
+    (-2.0, 0.95, None, 2, 1),
 )
 STORED = (1, 16, 17, 100, 128, 129, 700, 1311)
 
@@ -101,33 +101,35 @@ def ties(case: Case, queries: Tensor, lse: Tensor) -> Tensor:
     grouped = queries[case.where].view(-1, *case.shape)
     rho = cosine(grouped, case.table.query[LAYER, case.slots]).amin(-1)
     found = ((rho - rows.theta[:, None]).abs() < 1e-6).any(-1)
+    every_head = torch.arange(case.shape[0])
     for i in range(len(found)):
-        for head in range(case.shape[0]):
-            blocks = rows.sketch_blocks[i : i + 1, : swap_blocks_for(int(rows.stored[i]))]
-            sketch = case.store.sketch(LAYER, case.slots[i : i + 1], blocks, torch.tensor([head]))
-            logits = estimate(grouped[i : i + 1, head], *sketch) * SCALE
-            kept = lse[case.where[i]].view(case.shape[:2])[head][None]
-            shares = page_shares(logits, rows.stored[i : i + 1], kept)[0, :, : -(-int(rows.stored[i]) // 16)]
-            share, order = shares.amax(0).sort(descending=True)
-            unread = shares[:, order].flip(-1).cumsum(-1).amax(0)
-            edges = [share[:-1] / share[1:] - 1, share / rows.eps[i].clamp_min(1e-30) - 1]
-            edges.append(unread / (1 - rows.top_p[i]).clamp_min(1e-30) - 1)
-            found[i] |= any(bool((edge.abs() < NEAR).any()) for edge in edges)
+        blocks = rows.sketch_blocks[i, : swap_blocks_for(int(rows.stored[i]))].expand(len(every_head), -1)
+        sketch = case.store.sketch(LAYER, case.slots[i].expand(len(every_head)), blocks, every_head)
+        logits = estimate(grouped[i], *sketch) * SCALE
+        kept = lse[case.where[i]].view(case.shape[:2])
+        shares = page_shares(logits, rows.stored[i].expand(len(every_head)), kept)[
+            ..., : pages_for(int(rows.stored[i]))
+        ]
+        share, order = shares.amax(1).sort(descending=True)
+        unread = shares.gather(-1, order.unsqueeze(1).expand_as(shares)).flip(-1).cumsum(-1).amax(1)
+        edges = [share[:, :-1] / share[:, 1:] - 1, share / rows.eps[i].clamp_min(1e-30) - 1]
+        edges.append(unread / (1 - rows.top_p[i]).clamp_min(1e-30) - 1)
+        found[i] |= any(bool((edge.abs() < NEAR).any()) for edge in edges)
     return found
 
 
 @pytest.mark.parametrize(
     ("dtype", "group", "head_dim"),
     [
-        (torch.float32, 1, 64), (torch.float32, 4, 64), (torch.float32, 7, 32), (torch.float32, 2, 80),
-        (torch.bfloat16, 4, 128), (torch.bfloat16, 3, 96), (torch.float16, 8, 64), (torch.bfloat16, 2, 256),
+        (torch.float32, 1, 64), (torch.float32, 7, 32), (torch.float32, 2, 80), (torch.bfloat16, 4, 128),
+        (torch.float16, 3, 96),
     ],
 )  # fmt: skip
 def test_equals_torch(dtype: torch.dtype, group: int, head_dim: int) -> None:
     compare(Case(dtype, group, head_dim))
 
 
-def compare(case: Case, steps: int = 12) -> None:
+def compare(case: Case, steps: int = 4) -> None:
     """Both take the same steps from the same state; rows at a tie are set aside, and are few."""
     tied = 0
     for _ in range(steps):
@@ -160,8 +162,7 @@ def compare(case: Case, steps: int = 12) -> None:
         assert torch.equal(native_store.rank[:, mine], store.rank[:, mine])
         assert torch.equal(native_store.buffer[:, mine].nan_to_num(), store.buffer[:, mine].nan_to_num())
         case.table, case.store = table, store
-    counts = case.table.counts[:, LAYER].sum(0)
-    assert (counts > 0).all(), "every branch must be taken"
+    assert (case.table.counts[:, LAYER].sum(0) > 0).all(), "every branch must be taken"
     assert not case.table.counts[:, 1 - LAYER].any()
     assert tied <= 0.1 * steps * len(case.where), tied
 

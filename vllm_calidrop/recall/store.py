@@ -62,8 +62,9 @@ class RecallStore:
     codes: uint8 [L, sketch blocks, H, PAGES_PER_BLOCK, D' / 16, PAGE_TOKENS, 4]: of a page the first 4 bytes of all its
     tokens, then the next 4, so that a look reads the same 16 channels of 16 tokens at once; scales: float16 [L, sketch
     blocks, H, SWAP_BLOCK_TOKENS]; tokens in the order of the swap blocks. mu: float32 [L, S, H, D]. looked: bool
-    [L, S], False until the first decode step. buffer: [L, buffer pages, H, 2 (K, V), PAGE_TOKENS, D] in the cache's dtype; of each
-    buffer page and KV head, held: int64 [L, buffer pages, H] (the page of the sequence, EMPTY) and rank (0: newest).
+    [L, S], False until the first decode step. buffer: [L, buffer pages, H, 2 (K, V), PAGE_TOKENS, D] in the cache's
+    dtype; of each buffer page and KV head, held: int64 [L, buffer pages, H] (the page of the sequence, EMPTY) and rank
+    (0: newest).
     """
 
     def __init__(

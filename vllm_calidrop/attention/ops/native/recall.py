@@ -1,4 +1,4 @@
-"""Recall by pages in C++: same meaning and signature as `ops/recall.py::add_recalled`, reading everything where it lies."""
+"""Recall by pages in C++: same meaning and signature as `ops/recall.py`, reading everything where it lies."""
 
 from __future__ import annotations
 

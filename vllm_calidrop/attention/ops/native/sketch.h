@@ -14,40 +14,59 @@
 
 namespace calidrop {
 
-constexpr int kPage = 16;          // tokens: one vector
+constexpr int kPage = 16;          // tokens
 constexpr int kWordChannels = 16;  // channels of a word of codes
-constexpr int kHeadsAtOnce = 4;
 static_assert(kPage == kLanes, "a page is a vector");
 
-// The four levels by their two bits (sign, then which), for 16 words at once: bits 0 and 1 count, the others may be set.
+// The four levels by two bits (the lower: which size; the higher: the sign), for a vector of words of codes.
 class Levels {
  public:
-  Levels(float inner, float outer) : inner_(inner), outer_(outer) {
-    for (int i = 0; i < kLanes; i++) table_[i] = (i & 2 ? 1 : -1) * (i & 1 ? outer : inner);
+  Levels(float inner, float outer) : inner_(Part{} + inner), outer_(Part{} + outer) {
+    for (int i = 0; i < kPartLanes; i++) table_[i] = (i & 2 ? 1 : -1) * (i & 1 ? outer : inner);
   }
-  Floats operator()(Words bits) const {
+  // Of the lowest two bits; the others may be anything.
+  Part operator()(Part codes) const {
 #if defined(__AVX512F__)
-    return (Floats)_mm512_permutevar_ps((__m512)table_, (__m512i)bits);
+    return (Part)_mm512_permutevar_ps((__m512)table_, (__m512i)codes);
 #elif defined(__AVX__)
-    __m256i halves[2];
-    std::memcpy(halves, &bits, sizeof(bits));
-    const __m256 table = load_as<__m256>(&table_);
-    const __m256 found[2] = {_mm256_permutevar_ps(table, halves[0]), _mm256_permutevar_ps(table, halves[1])};
-    return load_as<Floats>(found);
+    return (Part)_mm256_permutevar_ps((__m256)table_, (__m256i)codes);
 #else
-    const Floats size = (bits & 1) != 0 ? broadcast(outer_) : broadcast(inner_);
+    const PartInts bits = (PartInts)codes;
+    const Part size = (bits & 1) != 0 ? outer_ : inner_;
     return (bits & 2) != 0 ? size : -size;
 #endif
   }
+  template <class V>
+  Pair<V> operator()(Pair<V> codes) const {
+    return {(*this)(codes.lo), (*this)(codes.hi)};
+  }
 
  private:
-  float inner_, outer_;
-  Floats table_;
+  Part inner_, outer_, table_;
 };
 
+// The codes of the next channel.
+inline Part next_channel(Part codes) { return (Part)((PartWords)codes >> 2); }
+template <class V>
+inline Pair<V> next_channel(Pair<V> codes) {
+  return {next_channel(codes.lo), next_channel(codes.hi)};
+}
+
 // Half-precision numbers that are not negative.
-inline Floats load_scales(const uint16_t* from) {
-  return (Floats)(__builtin_convertvector(load_as<Halfwords>(from), Words) << 13) * 0x1p112f;
+template <class V>
+inline V load_scales(const uint16_t* from) {
+  if constexpr (kIsPair<V>) {
+    typedef decltype(V::lo) Half;
+    return {load_scales<Half>(from), load_scales<Half>(from + sizeof(Half) / sizeof(float))};
+  } else {
+    return (Part)(__builtin_convertvector(load_as<PartHalfwords>(from), PartWords) << 13) * 0x1p112f;
+  }
+}
+
+inline Part fold(Part v) { return v; }
+template <class V>
+inline Part fold(Pair<V> v) {
+  return fold(v.lo + v.hi);
 }
 
 // Random signs, then Hadamard in Sylvester's order, not normalised: y [size] from x [dim].
@@ -66,12 +85,12 @@ template <int H, int V>
 inline void page_dots(const uint32_t* words, int num_words, const float* query, const Levels& levels, Floats* out) {
   Floats sums[V][H] = {};
   for (int w = 0; w < num_words; w++) {
-    Words bits[V];
-    for (int v = 0; v < V; v++) bits[v] = load_as<Words>(words + (v * num_words + w) * kPage);
+    Floats codes[V];
+    for (int v = 0; v < V; v++) codes[v] = load_as<Floats>(words + (v * num_words + w) * kPage);
     for (int c = 0; c < kWordChannels; c++, query += H)
       for (int v = 0; v < V; v++) {
-        const Floats level = levels(bits[v]);
-        bits[v] >>= 2;
+        const Floats level = levels(codes[v]);
+        codes[v] = next_channel(codes[v]);
         for (int h = 0; h < H; h++) sums[v][h] += level * query[h];
       }
   }
@@ -97,11 +116,11 @@ class PageShares {
             float scale, const float* kept_lse) {
     heads_ = heads, pages_ = (sketch.tokens + kPage - 1) / kPage;
     const int64_t blocks = (pages_ + sketch.pages_per_block - 1) / sketch.pages_per_block;
-    stride_ = std::max<int64_t>(blocks * sketch.pages_per_block, (pages_ + kLanes - 1) / kLanes * kLanes);
+    stride_ = std::max<int64_t>(blocks * sketch.pages_per_block, (pages_ + kPartLanes - 1) / kPartLanes * kPartLanes);
     logits_.resize(heads * stride_ * kPage);
     shares_.resize(heads * stride_);
     const int size = sketch.num_words * kWordChannels;
-    rotated_.resize(size), turned_.resize(kHeadsAtOnce * size), base_.resize(heads);
+    rotated_.resize(size), turned_.resize(4 * size), base_.resize(heads);
     int h = 0;
     const auto turn = [&](int count) {
       for (int i = 0; i < count; i++) {
@@ -113,9 +132,9 @@ class PageShares {
         for (int d = 0; d < size; d++) turned_[d * count + i] = rotated_[d] * (scale / std::sqrt(float(size)));
       }
     };
-    for (; h + 4 <= heads; h += 4) turn(4), logits<4, 1>(sketch, h);
-    for (; h + 2 <= heads; h += 2) turn(2), logits<2, 2>(sketch, h);
-    for (; h < heads; h++) turn(1), logits<1, 4>(sketch, h);
+    for (; h + 4 <= heads; h += 4) turn(4), logits<4, kSums / 4>(sketch, h);
+    for (; h + 2 <= heads; h += 2) turn(2), logits<2, kSums / 2>(sketch, h);
+    for (; h < heads; h++) turn(1), logits<1, kSums>(sketch, h);
     for (h = 0; h < heads; h++) shares(h, kept_lse[h]);
   }
 
@@ -127,7 +146,6 @@ class PageShares {
   template <int H, int V>
   void logits(const Sketched& sketch, int first_head) {
     const int64_t page_words = int64_t(sketch.num_words) * kPage, per_block = sketch.pages_per_block;
-    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (int64_t page = 0; page < pages_; page += V) {
       const int64_t at = (sketch.blocks[page / per_block] * sketch.kv_heads + sketch.kv_head) * per_block + page % per_block;
       Floats dots[V * H];
@@ -135,10 +153,10 @@ class PageShares {
                       dots);
       for (int v = 0; v < V; v++) {
         const int rest = int(std::clamp<int64_t>(sketch.tokens - (page + v) * kPage, 0, kPage));
-        const Floats scales = load_scales(sketch.scales + (at + v) * kPage);
+        const Floats scales = load_scales<Floats>(sketch.scales + (at + v) * kPage);
         for (int h = 0; h < H; h++) {
           Floats found = dots[v * H + h] * scales + base_[first_head + h];
-          if (rest < kPage) found = lane < rest ? found : broadcast(-kInf);
+          if (rest < kPage) found = keep(found, 0, rest);
           store(logits_.data() + ((first_head + h) * stride_ + page + v) * kPage, found);
         }
       }
@@ -152,12 +170,12 @@ class PageShares {
     for (int64_t page = 0; page < pages_; page++) tops = max(tops, load(logits + page * kPage));
     const float top = maximum(tops);
     float total = std::exp(kept_lse - top);
-    for (int64_t page = 0; page < pages_; page += kLanes) {
-      Floats each[kLanes];
-      for (int i = 0; i < kLanes; i++)
-        each[i] = page + i < pages_ ? exp_nonpositive(load(logits + (page + i) * kPage) - top) : Floats{};
-      const Floats sums = sums_of(each);
-      store(shares + page, sums);
+    for (int64_t page = 0; page < pages_; page += kPartLanes) {
+      Part each[kPartLanes];
+      for (int i = 0; i < kPartLanes; i++)
+        each[i] = page + i < pages_ ? fold(exp_nonpositive(load(logits + (page + i) * kPage) - broadcast(top))) : Part{};
+      const Part sums = sums_of(each);
+      std::memcpy(shares + page, &sums, sizeof(sums));
       total += sum(sums);
     }
     const float share = 1.0f / total;
