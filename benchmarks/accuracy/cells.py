@@ -69,6 +69,7 @@ def _short(theta: float) -> str:
 def cells_of(sweep: Sweep) -> list[Cell]:
     """Every cell once, in the order of the tables."""
     pairs = [*sweep.thresholds, *((theta1, REUSE_OFF) for theta1 in sweep.reuse_off)]
+    with_thresholds = sweep.policies if sweep.threshold_policies is None else sweep.threshold_policies
     cells = [Cell()] if sweep.full else []
     for budget in sweep.budgets:
         for policy in sweep.policies:
@@ -77,7 +78,8 @@ def cells_of(sweep: Sweep) -> list[Cell]:
             for gate in sweep.gates:
                 for size in sweep.calibration_sizes:
                     number = None if size == "all" else size
-                    cells += [Cell(policy, budget, pair, gate, number, sweep.extra) for pair in pairs]
+                    if policy in with_thresholds:
+                        cells += [Cell(policy, budget, pair, gate, number, sweep.extra) for pair in pairs]
             cells += [Cell(policy, budget, extra=sweep.extra, recall=recall) for recall in sweep.recall]
     assert len({cell.id for cell in cells}) == len(cells), "the sweep names a cell twice"
     return cells
