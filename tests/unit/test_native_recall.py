@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from vllm_calidrop.attention.ops import recall as in_torch
+from vllm_calidrop.attention.ops.decode import RecallOp
 from vllm_calidrop.attention.ops.native import build
 from vllm_calidrop.attention.ops.native import recall as in_native
 from vllm_calidrop.cache.layout import pages_for, swap_blocks_for
 from vllm_calidrop.cache.swap import SwapPool
-from vllm_calidrop.calibration import cosine
+from vllm_calidrop.calibration import AttentionState, attention_state, cosine, merge_states
 from vllm_calidrop.recall.looks import page_shares
 from vllm_calidrop.recall.sketch import estimate
 from vllm_calidrop.recall.store import RecallStore
@@ -30,8 +31,8 @@ pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ co
 LAYERS, LAYER, SCALE = 2, 1, 0.25
 NEAR = 2e-5  # relative: nearer shares are not told apart by two ways to add up
 
-# theta, eps, top_p, most, buffer places
-HOW: tuple[tuple[float, float, float | None, int, int], ...] = (
+How = tuple[float, float, float | None, int, int]  # theta, eps, top_p, most, buffer places
+HOW: tuple[How, ...] = (
     (0.9, 0.02, None, 4, 0),
     (0.9, 0.05, None, 4, 4),
     (0.5, 0.0, None, 1000, 0),
@@ -165,6 +166,27 @@ def compare(case: Case, steps: int = 4) -> None:
     assert (case.table.counts[:, LAYER].sum(0) > 0).all(), "every branch must be taken"
     assert not case.table.counts[:, 1 - LAYER].any()
     assert tied <= 0.1 * steps * len(case.where), tied
+
+
+@pytest.mark.parametrize("op", [in_torch.add_recalled, in_native.add_recalled])
+@pytest.mark.parametrize("how", [(2.0, 0.0, None, 1000, 0), (2.0, 0.0, None, 1000, 64), (2.0, 0.0, 1.0, 1000, 3)])
+def test_every_page_at_every_step_is_full_attention(op: RecallOp, how: How, monkeypatch: pytest.MonkeyPatch) -> None:
+    """k = all pages, eps = 0, no look gate: the kept tokens' state merged with that over all evicted tokens."""
+    monkeypatch.setattr(f"{__name__}.HOW", (how,) * len(HOW))
+    case = Case(torch.float32, 3, 64)
+    rows = case.sequences.recall_rows(case.where, case.slots)
+    for _ in range(3):
+        queries, out, lse = case.step()
+        kept = AttentionState(out[case.where].view(-1, 2, 3, 64), lse[case.where].view(-1, 2, 3))
+        op(rows, LAYER, queries, out, lse, case.pool, case.table, case.store, SCALE)
+        for i in range(len(rows.rows)):
+            blocks = rows.swap_blocks[i, : swap_blocks_for(int(rows.stored[i]))].expand(2, -1)
+            keys, values = case.pool.read(LAYER, blocks, torch.arange(2))
+            exists = torch.arange(keys.shape[1]) < rows.stored[i]
+            grouped = queries[case.where[i]].view(2, 3, 64)
+            evicted = attention_state(grouped, keys, values, SCALE, exists.expand(2, -1))
+            expected = merge_states(AttentionState(kept.out[i], kept.lse[i]), evicted).out
+            torch.testing.assert_close(out[case.where[i]].view(2, 3, 64), expected, rtol=1e-5, atol=3e-6)
 
 
 def test_threads_share_the_rows() -> None:
