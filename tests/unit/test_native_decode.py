@@ -145,7 +145,7 @@ def test_extreme_thresholds(thresholds: tuple[float, float], group: int) -> None
 @pytest.mark.parametrize("op", [cpu.decode, native.decode])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_reads_and_writes_where_the_batch_lies(op: decode.DecodeOp, dtype: torch.dtype) -> None:
-    """Queries inside a wider tensor, as Q, K and V of a model lie; the output in their dtype, rounded to the nearest."""
+    """Queries inside a wider tensor, as Q, K and V of a model lie; the output in their dtype, rounded as torch does."""
     case = Case("vec", 32, dtype, 4, 64)
     expected, _ = case.run(op)
     wide = torch.randn((len(case.queries), 2 * case.queries[0].numel())).to(dtype)
