@@ -1,7 +1,7 @@
 """`calidrop-server MODEL ...` is `vllm serve MODEL ...` with the CALIDROP backend and the routes of this package.
 
 Every flag of `vllm serve` passes through. The server's own go into the environment, which vLLM's API processes inherit:
-a key among vLLM's flags would be logged.
+a key among vLLM's flags would be logged. `calidrop-server plan` sizes a workload instead of serving.
 """
 
 from __future__ import annotations
@@ -68,6 +68,10 @@ def allowed_plugins(current: str | None) -> str:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["plan"]:
+        from .plan_command import main as plan
+
+        sys.exit(plan(sys.argv[2:]))
     arguments, environment = take_own_flags(sys.argv[1:])
     os.environ.update(environment)
     os.environ["VLLM_PLUGINS"] = allowed_plugins(os.environ.get("VLLM_PLUGINS"))

@@ -12,8 +12,9 @@ from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttentionMetadataBuilder
 
+from vllm_calidrop.attention.prefill import PrefillRow, prefill_row
 from vllm_calidrop.recall.store import RecallRows
-from vllm_calidrop.sequences import Sequence, SequenceTable
+from vllm_calidrop.sequences import SequenceTable
 from vllm_calidrop.worker import active_worker
 
 
@@ -53,22 +54,6 @@ class DecodeRows:
 
 
 @dataclass
-class PrefillRow:
-    """A chunk of a prompt that will be compacted, at positions [done, done + length).
-
-    first_token: index of its first query in the batch. blocks: int [columns], its block table.
-    completes: this chunk ends at the compaction point.
-    """
-
-    sequence: Sequence
-    first_token: int
-    done: int
-    length: int
-    blocks: Tensor
-    completes: bool
-
-
-@dataclass
 class CaliDropMetadata:
     """One step. stock: vLLM's metadata for the rows its own operator serves, None if there are none.
 
@@ -104,7 +89,7 @@ class CaliDropMetadataBuilder(CPUAttentionMetadataBuilder):
         decodes = compacts & (done >= sequences.compaction_point[slots])
 
         prefills = [
-            _prefill_row(
+            prefill_row(
                 sequences.get(request_ids[row]),
                 starts[row],
                 done[row],
@@ -202,12 +187,3 @@ class CaliDropMetadataBuilder(CPUAttentionMetadataBuilder):
             slot_mapping=cam.slot_mapping[tokens],
         )
         return super().build(common_prefix_len, subset, fast_build), tokens
-
-
-def _prefill_row(sequence: Sequence | None, first_token: int, done: int, length: int, blocks: Tensor) -> PrefillRow:
-    assert sequence is not None
-    end = int(done + length)
-    assert end <= sequence.record.compaction_point, (end, sequence.record)
-    return PrefillRow(
-        sequence, int(first_token), int(done), int(length), blocks, end == sequence.record.compaction_point
-    )
