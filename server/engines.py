@@ -14,7 +14,7 @@ from vllm_calidrop.settings import SettingsError
 
 logger = logging.getLogger("vllm.calidrop.server")
 
-MAX_AGE_SECONDS = 1.0
+MAX_AGE_SECONDS = 0.5
 READ_TIMEOUT_SECONDS = 10.0
 
 

@@ -59,13 +59,13 @@ def refused(response: httpx.Response, status: int, field: str | None = None) -> 
 
 
 def fresh_stats(http: httpx.Client) -> dict[str, Any]:
-    """Statistics read after this call: what is shown may be a second old."""
+    """Statistics read after this call: what is shown may be older."""
     asked = time.monotonic()
     while True:
         stats = http.get("/calidrop/stats").json()
         if time.monotonic() - stats["age_seconds"] > asked:
             return stats
-        time.sleep(0.2)
+        time.sleep(0.1)
 
 
 # Keys
@@ -122,18 +122,18 @@ def test_config(http: httpx.Client, model: str) -> None:
 def test_stats_while_a_request_runs_and_after(http: httpx.Client, model: str) -> None:
     before = fresh_stats(http)["engines"][0]
     assert before["sequences"] == []
-    body = {"model": model, **COMPLETION, "max_tokens": 700, "kv_budget": BUDGET, "stream": True}
+    body = {"model": model, **COMPLETION, "max_tokens": 840, "kv_budget": BUDGET, "stream": True}
     with http.stream("POST", "/v1/completions", json=body) as response:
         lines = (line.removeprefix("data: ") for line in response.iter_lines() if line)
         request_id = json.loads(next(lines))["id"]
         next(lines)
         during = fresh_stats(http)["engines"][0]
-        *_, last, done = lines
+        *_, last, done = lines  # the engine does not wait for a reader
     assert done == "[DONE]"
     (report,) = json.loads(last)["calidrop"]
     (sequence,) = during["sequences"]
     assert sequence["request_id"].startswith(request_id)
-    assert 0 < sequence.pop("outputs") < 700
+    assert 0 < sequence.pop("outputs") < 840
     assert sequence | {"request_id": ""} == {
         "request_id": "", "state": "decode", "prompt_tokens": 300, "kept": BUDGET, "evicted": 300 - BUDGET,
         "mode": "calidrop", "reason": None, "policy": "snapkv", "recall": "all", "swap_blocks": 3,

@@ -93,7 +93,7 @@ def test_makefile_has_the_target(target: str) -> None:
 
 def test_make_serve_serves_the_named_model_with_the_backend() -> None:
     command = what_make_would_run("serve", "MODEL=some/model", "PORT=8123", "ARGS=--seed 1").splitlines()[-1]
-    assert "vllm serve some/model --attention-backend calidrop " in command
+    assert "calidrop-server some/model --attention-backend calidrop " in command
     assert command.endswith("--host 127.0.0.1 --port 8123 --seed 1")
 
 
