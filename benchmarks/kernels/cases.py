@@ -102,6 +102,12 @@ class Case:
         moved = {name: moved_to(getattr(self, name), device) for name in ("query", "cache", "rows", "sequences")}
         return replace(self, pool=pages, table=copy_of(self.table, device), **moved)
 
+    def finite(self) -> Case:
+        """Numbers instead of NaN: xFormers reads whole pages before it masks, and a real cache holds numbers."""
+        for tensor in (*self.cache, self.pool.pages):
+            tensor.nan_to_num_(nan=3.0)
+        return self
+
     def state(self, table: StateTable) -> State:
         return State(table.query[LAYER], table.out[LAYER], table.lse[LAYER], table.counts[:, LAYER])
 
