@@ -42,7 +42,7 @@ def make_ledger(vllm_config: Any, kv_cache_config: Any) -> Ledger:
             num_query_heads=shape.num_query_heads,
             head_dim=shape.head_dim,
             dtype=shape.dtype,
-            num_ranks=vllm_config.parallel_config.tensor_parallel_size,
+            ranks=vllm_config.parallel_config.tensor_parallel_size,
         ),
         pools=kv_cache_config.calidrop_pools,
         num_slots=_num_slots(vllm_config),

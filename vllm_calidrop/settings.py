@@ -93,9 +93,9 @@ def _number(value: Any) -> Any:
 
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 PositiveCount = Annotated[int, Field(ge=1, le=MAX_COUNT)]
-Threshold = Annotated[float, BeforeValidator(_number), Field(ge=-2.0, le=2.0)]
-Share = Annotated[float, BeforeValidator(_number), Field(ge=0.0, le=1.0)]
-PositiveShare = Annotated[float, BeforeValidator(_number), Field(gt=0.0, le=1.0)]
+Threshold = Annotated[float, Field(ge=-2.0, le=2.0), BeforeValidator(_number)]
+Share = Annotated[float, Field(ge=0.0, le=1.0), BeforeValidator(_number)]
+PositiveShare = Annotated[float, Field(gt=0.0, le=1.0), BeforeValidator(_number)]
 
 
 class RequestSettings(BaseModel):
@@ -103,25 +103,80 @@ class RequestSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
-    kv_budget: PositiveCount | None = None
-    kv_policy: Policy = "snapkv"
-    kv_theta1: Threshold = 0.7
-    kv_theta2: Threshold = 0.85
-    kv_gate: Gate = "group"
-    kv_calibration: bool = True
-    kv_calibration_size: Count | None = None
-    kv_on_full: OnFull = "full"
-    kv_codec: Codec = "none"
-    kv_read_budget: Annotated[int, Field(ge=0, le=MAX_BYTES)] | None = None
-    kv_window: PositiveCount = Field(default_factory=_half_of_budget(DEFAULT_WINDOW, 1))
-    kv_pool_kernel: Annotated[PositiveCount, AfterValidator(_odd)] = 5
-    kv_sinks: Count = Field(default_factory=_half_of_budget(DEFAULT_SINKS, 0))
-    kv_recall: Recall = "all"
-    kv_recall_theta: Threshold = 0.9
-    kv_recall_buffer: Annotated[Count, Field(le=MAX_BUFFER)] = 0
-    kv_recall_eps: Share = Field(default_factory=_eps_by_buffer)
-    kv_recall_top_p: PositiveShare | None = None
-    kv_recall_pages: PositiveCount = Field(default_factory=_pages_by_choice)
+    kv_budget: PositiveCount | None = Field(
+        default=None,
+        description="Prompt tokens kept per KV head; null keeps all (plain vLLM). A shorter prompt is untouched.",
+    )
+    kv_policy: Policy = Field(default="snapkv", description="Which prompt tokens stay; full: all of them.")
+    kv_theta1: Threshold = Field(
+        default=0.7,
+        description="Below this cosine similarity of queries the evicted KV is read again (2: every step, -2: never). "
+        "Must not be above kv_theta2.",
+    )
+    kv_theta2: Threshold = Field(
+        default=0.85,
+        description="Above this similarity the stored attention state is merged; between the two the kept tokens "
+        "answer alone.",
+    )
+    kv_gate: Gate = Field(
+        default="group",
+        description="Who decides: a KV head's query heads together (group), each alone (head), or by their mean "
+        "similarity (group_mean).",
+    )
+    kv_calibration: bool = Field(
+        default=True, description="false: plain eviction; nothing goes to host memory and nothing can be read again."
+    )
+    kv_calibration_size: Count | None = Field(
+        default=None,
+        description="Most important evicted tokens that are kept in host memory; null: all, 0: none.",
+    )
+    kv_on_full: OnFull = Field(
+        default="full",
+        description="When the host pool is full: keep full KV (full), or evict without calibration (evict).",
+    )
+    kv_codec: Codec = Field(
+        default="none",
+        description="How evicted KV lies in host memory: as it is (none), or in 8, 4 or 2 bits with exact outlier "
+        "tokens; _plain: without those.",
+    )
+    kv_read_budget: Annotated[int, Field(ge=0, le=MAX_BYTES)] | None = Field(
+        default=None,
+        description="Most bytes of evicted KV that a sequence reads again in a step; null: no bound.",
+    )
+    kv_window: PositiveCount = Field(
+        default_factory=_half_of_budget(DEFAULT_WINDOW, 1),
+        description="SnapKV's observation window in tokens, at most kv_budget. Default: 32, or half a smaller budget.",
+    )
+    kv_pool_kernel: Annotated[PositiveCount, AfterValidator(_odd)] = Field(
+        default=5, description="Width of SnapKV's average pool over scores; odd."
+    )
+    kv_sinks: Count = Field(
+        default_factory=_half_of_budget(DEFAULT_SINKS, 0),
+        description="StreamingLLM's first tokens, at most kv_budget. Default: 32, or half a smaller budget.",
+    )
+    kv_recall: Recall = Field(
+        default="all",
+        description="What is read again: all evicted KV of a head, or only the 16-token pages its sketch says matter.",
+    )
+    kv_recall_theta: Threshold = Field(
+        default=0.9, description="Recall by pages: below this similarity the sketch is looked at again."
+    )
+    kv_recall_buffer: Annotated[Count, Field(le=MAX_BUFFER)] = Field(
+        default=0, description="Recall by pages: recalled pages kept per KV head, merged at every step."
+    )
+    kv_recall_eps: Share = Field(
+        default_factory=_eps_by_buffer,
+        description="Recall by pages: pages of less than this share of the attention are not read. Default: 0.02, or "
+        "0.05 with a buffer.",
+    )
+    kv_recall_top_p: PositiveShare | None = Field(
+        default=None,
+        description="Recall by pages: read pages until they hold this share of the evicted attention; null: by number.",
+    )
+    kv_recall_pages: PositiveCount = Field(
+        default_factory=_pages_by_choice,
+        description="Recall by pages: most pages of one look. Default: 4, or 64 with kv_recall_top_p.",
+    )
 
     @property
     def compresses(self) -> bool:
@@ -200,6 +255,17 @@ class ServerSettings(BaseModel):
             raise _settings_error(error, "server setting of calidrop: ") from None
         except SettingsError as error:
             raise SettingsError(f"server setting of calidrop: {error}", *error.fields, value=error.value) from None
+        return server
+
+    def limits(self) -> dict[str, Any]:
+        """What requests are held to."""
+        return {}
+
+    def with_defaults(self, given: Mapping[str, Any]) -> Self:
+        """The same with other defaults of requests; a null is the table's. SettingsError where they are bad."""
+        defaults = {name: value for name, value in given.items() if value is not None}
+        server = self.model_copy(update={"request_defaults": defaults})
+        resolve_request({}, server)
         return server
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from vllm_calidrop.calibration import AttentionState, Decision
 from vllm_calidrop.records import COUNTERS
 
-SKIPPED, REFUSED = COUNTERS.index("skipped"), COUNTERS.index("refused")
+SKIPPED, NONFINITE = COUNTERS.index("skipped"), COUNTERS.index("nonfinite")
 
 
 class StateTable:
@@ -16,7 +16,7 @@ class StateTable:
 
     Shapes: L layers, S slots, H KV heads, G query heads per KV head, D head_dim.
     query: [L, S, H, G, D] model dtype (a copy of a query, so nothing is lost); out: [L, S, H, G, D] float32;
-    lse: [L, S, H, G] float32; counts: int64 [S, L, len(COUNTERS)] since the slot's admission.
+    lse: [L, S, H, G] float32; counts: int64 [S, L, len(COUNTERS)] since the slot's admission. device: None: the host.
     """
 
     def __init__(
@@ -27,12 +27,13 @@ class StateTable:
         group: int,
         head_dim: int,
         dtype: torch.dtype,
+        device: torch.device | None = None,
     ) -> None:
         shape = (num_layers, num_slots, num_kv_heads, group)
-        self.query = torch.zeros((*shape, head_dim), dtype=dtype)
-        self.out = torch.zeros((*shape, head_dim), dtype=torch.float32)
-        self.lse = torch.full(shape, -torch.inf, dtype=torch.float32)
-        self.counts = torch.zeros((num_slots, num_layers, len(COUNTERS)), dtype=torch.int64)
+        self.query = torch.zeros((*shape, head_dim), dtype=dtype, device=device)
+        self.out = torch.zeros((*shape, head_dim), dtype=torch.float32, device=device)
+        self.lse = torch.full(shape, -torch.inf, dtype=torch.float32, device=device)
+        self.counts = torch.zeros((num_slots, num_layers, len(COUNTERS)), dtype=torch.int64, device=device)
 
     @staticmethod
     def slot_bytes(num_layers: int, num_query_heads: int, head_dim: int, dtype: torch.dtype) -> int:
@@ -69,7 +70,7 @@ class StateTable:
         self.query[layer, slot, heads] = torch.nan
         self.out[layer, slot, heads] = 0
         self.lse[layer, slot, heads] = -torch.inf
-        self.counts[slot, layer, REFUSED] += heads.sum()
+        self.counts[slot, layer, NONFINITE] += heads.sum()
 
     def count_recall(
         self, layer: int, slots: Tensor, looks: Tensor, merges: Tensor, pages: Tensor, skipped: Tensor | None = None

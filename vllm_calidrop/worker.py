@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vllm_calidrop.cache.swap import SwapPool
@@ -34,13 +35,21 @@ class CaliDropWorker:
         layers, kv_heads, head_dim = len(layer_names), shape.num_kv_heads, shape.head_dim
         group = shape.num_query_heads // kv_heads
         self.sequences = SequenceTable(num_slots, shape.max_model_len)
-        self.table = StateTable(layers, num_slots, kv_heads, group, head_dim, shape.dtype)
-        self.pool = SwapPool(layers, pools.swap_blocks, kv_heads, head_dim, shape.dtype)
+        self.table = StateTable(layers, num_slots, kv_heads, group, head_dim, shape.dtype, self.device)
+        self.pool = self._make_pool(layers, pools.swap_blocks, kv_heads, head_dim, shape.dtype)
         self.recall = RecallStore(
             layers, num_slots, pools.sketch_blocks, pools.buffer_pages, kv_heads, head_dim, shape.dtype
         )
         self.on_compaction: CompactionListener | None = None
         self._step_ids: list[str] = []
+
+    @property
+    def device(self) -> torch.device:
+        """Where the state table lies: beside the KV cache."""
+        return torch.device("cpu")
+
+    def _make_pool(self, *shape: Any) -> SwapPool:
+        return SwapPool(*shape)
 
     def begin_step(self, step: StepRecords | None, scheduled_ids: list[str]) -> None:
         """Take over the scheduler's records, before anything of the step runs."""

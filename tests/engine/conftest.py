@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,6 +43,14 @@ ENGINES = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several test processes: those that share an engine, a server or a file share a process."""
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        group = next((name for name in ("engine_named", "server") if name in fixtures), item.path.stem)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def engine_named() -> Iterator[Callable[[str], Engine]]:
     """An engine by its name in ENGINES, started when first asked for and kept."""
@@ -66,15 +74,19 @@ def reference() -> CachedReference:
 SERVER_START_SECONDS = 300
 
 
+VLLM_SERVE = ("vllm", "serve", MODEL, "--attention-backend", "calidrop")
+CALIDROP_SERVER = ("calidrop-server", MODEL)
+
+
 @contextmanager
-def serving(log: Path, *options: str, **environment: str) -> Iterator[str]:
-    """`vllm serve MODEL --attention-backend calidrop` as a user starts it, in processes of its own; its base URL.
+def serving(log: Path, *options: str, program: Sequence[str] = VLLM_SERVE, **environment: str) -> Iterator[str]:
+    """A server as a user starts it, in processes of its own; its base URL.
 
     Stopped with Ctrl-C, which must end it cleanly.
     """
     inherited = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     port = _free_port()
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", MODEL, "--attention-backend", "calidrop"]
+    command = [str(Path(sys.executable).with_name(program[0])), *program[1:]]
     command += ["--block-size", "32", "--host", "127.0.0.1", "--port", str(port), *options]
     with log.open("w") as output:
         process = subprocess.Popen(

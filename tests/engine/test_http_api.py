@@ -28,7 +28,7 @@ REPORT_KEYS = {
     "group_reads",
     "pages_read",
     "skipped",
-    "refused",
+    "nonfinite",
     "bytes_read",
 }
 LONG = list(range(10, 90))

@@ -166,12 +166,17 @@ def _quantise(y: Tensor) -> Tensor:
     """y [tokens, size] -> what its sketch stands for: two bits per channel, one half-precision scale per token."""
     rows = []
     for row in y:
-        rms = row.norm() / math.sqrt(len(row))
-        if rms == 0:
-            rows.append(torch.zeros_like(row))
-            continue
-        u = row / rms
-        code = torch.where(u < 0, -1.0, 1.0) * torch.where(u.abs() > BOUNDARY, OUTER, INNER)
-        c = rms * (u @ u) / (u @ code)
+        code, c = _code_and_scale(row)
         rows.append(c.half().to(row.dtype) * code)
     return torch.stack(rows)
+
+
+def _code_and_scale(row: Tensor) -> tuple[Tensor, Tensor]:
+    """Levels [size] and scale of one rotated key [size]; the scale before it is rounded to half precision."""
+    rms = row.norm() / math.sqrt(len(row))
+    if rms == 0:
+        return torch.full_like(row, INNER), rms
+    u = row / rms
+    code = torch.where(u.abs() > BOUNDARY, OUTER, INNER).to(row.dtype)
+    code = torch.where(u < 0, -code, code)
+    return code, rms * (u @ u) / (u @ code)

@@ -115,5 +115,5 @@ def test_refused_heads_are_plain_for_ever(gate: Gate) -> None:
             decision = decide(rho, torch.tensor([theta1]), torch.tensor([theta2]), torch.tensor([int(gate)]), most)
             assert not decision.recompute[0, 1].any() and not decision.merge[0, 1].any()
             assert (decision.recompute | decision.merge)[0, [0, 2]].all() or theta1 == 0.7
-    assert table.counts[1, 0, COUNTERS.index("refused")] == 1
+    assert table.counts[1, 0, COUNTERS.index("nonfinite")] == 1
     assert not table.counts[0].any()

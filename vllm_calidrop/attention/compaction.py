@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_calidrop.attention.metadata import PrefillRow
 from vllm_calidrop.attention.ops.decode import column_sums_op, uses_native
 from vllm_calidrop.attention.ops.packed import PackedCache
+from vllm_calidrop.attention.prefill import PrefillRow, observe_window
 from vllm_calidrop.cache.swap import SwapPool
 from vllm_calidrop.calibration import attention_state
 from vllm_calidrop.policies import POLICIES, ScoreInputs, Selection
@@ -31,7 +31,7 @@ def observe_chunk(row: PrefillRow, layer: int, queries: Tensor, cache: PackedCac
             row.sequence.column_sums[layer] = sums
         column_sums_op()(sums, queries[: prompt_end - row.done], row.blocks, cache, row.done, scale)
     if policy.needs_window_queries:
-        _observe_window(row, layer, queries, prompt_end)
+        observe_window(row, layer, queries, prompt_end)
 
 
 def compact(
@@ -82,23 +82,6 @@ def compact(
     slots = row.blocks[position // cache.block_size].long() * cache.block_size + position % cache.block_size
     cache.write(kept_keys.transpose(0, 1).contiguous(), kept_values.transpose(0, 1).contiguous(), slots)
     return selection
-
-
-def _observe_window(row: PrefillRow, layer: int, queries: Tensor, prompt_end: int) -> None:
-    record = row.sequence.record
-    window_start = record.prompt_len - record.window
-    first = max(row.done, window_start)
-    if first >= prompt_end:
-        return
-    seen = queries[first - row.done : prompt_end - row.done]
-    stash = row.sequence.window_queries.get(layer)
-    if stash is None:
-        if len(seen) == record.window:
-            row.sequence.window_queries[layer] = seen.clone()
-            return
-        stash = queries.new_empty((record.window, *queries.shape[1:]))
-        row.sequence.window_queries[layer] = stash
-    stash[first - window_start : prompt_end - window_start] = seen
 
 
 def _prompt_kv(row: PrefillRow, cache: PackedCache, tokens: int) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,9 @@ from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttentionMetadataBuilder
 
+from vllm_calidrop.attention.prefill import PrefillRow, prefill_row
 from vllm_calidrop.recall.store import RecallRows
-from vllm_calidrop.sequences import Sequence, SequenceTable
+from vllm_calidrop.sequences import SequenceTable
 from vllm_calidrop.worker import active_worker
 
 
@@ -50,37 +51,32 @@ class DecodeRows:
     native: Any = None
 
     @cached_property
+    def places(self) -> Tensor | slice:
+        """`tokens` as an index."""
+        return places(self.tokens.numpy())
+
+    @cached_property
     def valid(self) -> Tensor:
         """bool [N, C * block_size]: the attended tokens."""
         position = torch.arange(self.blocks.shape[1] * self.block_size)
         return (position >= self.start[:, None]) & (position < self.end[:, None])
 
 
-@dataclass
-class PrefillRow:
-    """A chunk of a prompt that will be compacted, at positions [done, done + length).
-
-    first_token: index of its first query in the batch. blocks: int [columns], its block table.
-    completes: this chunk ends at the compaction point.
-    """
-
-    sequence: Sequence
-    first_token: int
-    done: int
-    length: int
-    blocks: Tensor
-    completes: bool
+def places(tokens: np.ndarray) -> Tensor | slice:
+    """Ascending tokens of a batch as an index: a slice where they are neighbours, so that nothing is copied."""
+    first, last = int(tokens[0]), int(tokens[-1])
+    return slice(first, last + 1) if last - first + 1 == len(tokens) else torch.from_numpy(tokens)
 
 
 @dataclass
 class CaliDropMetadata:
     """One step. stock: vLLM's metadata for the rows its own operator serves, None if there are none.
 
-    stock_tokens: int64, those rows' tokens in the batch; None if they are the whole batch.
+    stock_tokens: those rows' tokens in the batch, an index as `places` makes it; None if they are the whole batch.
     """
 
     stock: CPUAttentionMetadata | None
-    stock_tokens: Tensor | None
+    stock_tokens: Tensor | slice | None
     decode: DecodeRows | None
     prefills: list[PrefillRow]
 
@@ -108,7 +104,7 @@ class CaliDropMetadataBuilder(CPUAttentionMetadataBuilder):
         decodes = compacts & (done >= sequences.compaction_point[slots])
 
         prefills = [
-            _prefill_row(
+            prefill_row(
                 sequences.get(request_ids[row]),
                 starts[row],
                 done[row],
@@ -183,7 +179,7 @@ class CaliDropMetadataBuilder(CPUAttentionMetadataBuilder):
         starts: np.ndarray,
         lengths: np.ndarray,
         num_rows: int,
-    ) -> tuple[CPUAttentionMetadata | None, Tensor | None]:
+    ) -> tuple[CPUAttentionMetadata | None, Tensor | slice | None]:
         if len(rows) == num_rows:
             return super().build(common_prefix_len, cam, fast_build), None
         if len(rows) == 0:
@@ -192,7 +188,7 @@ class CaliDropMetadataBuilder(CPUAttentionMetadataBuilder):
         # A row's tokens are consecutive: its first one, plus 0, 1, ... within the row.
         counts = lengths[rows]
         within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
-        tokens = torch.from_numpy(np.repeat(starts[rows], counts) + within)
+        tokens = places(np.repeat(starts[rows], counts) + within)
         query_start_loc = torch.zeros(len(rows) + 1, dtype=cam.query_start_loc.dtype)
         query_start_loc[1:] = torch.from_numpy(lengths[rows]).cumsum(0)
         seq_lens = cam.seq_lens[row_index]
@@ -201,19 +197,10 @@ class CaliDropMetadataBuilder(CPUAttentionMetadataBuilder):
             query_start_loc_cpu=query_start_loc,
             seq_lens=seq_lens,
             num_reqs=len(rows),
-            num_actual_tokens=len(tokens),
+            num_actual_tokens=len(within),
             max_query_len=int(lengths[rows].max()),
             max_seq_len=int(seq_lens.max()),
             block_table_tensor=cam.block_table_tensor[row_index],
             slot_mapping=cam.slot_mapping[tokens],
         )
         return super().build(common_prefix_len, subset, fast_build), tokens
-
-
-def _prefill_row(sequence: Sequence | None, first_token: int, done: int, length: int, blocks: Tensor) -> PrefillRow:
-    assert sequence is not None
-    end = int(done + length)
-    assert end <= sequence.record.compaction_point, (end, sequence.record)
-    return PrefillRow(
-        sequence, int(first_token), int(done), int(length), blocks, end == sequence.record.compaction_point
-    )

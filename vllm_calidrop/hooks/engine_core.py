@@ -3,6 +3,9 @@
 `EngineCore._initialize_kv_caches` is wrapped because it is the moment between the two: the workers have their KV cache,
 the scheduler (whose ledger needs the number) does not exist yet. It is also the moment to see that nothing is missing:
 no request has been served, and every module of the engine's side has been imported.
+
+`calidrop_stats` and `calidrop_change_defaults` are added to it: the API processes call them by name between two steps,
+through the engine client's utility calls. The defaults that the operator changes live here, with their version.
 """
 
 from __future__ import annotations
@@ -31,6 +34,10 @@ def install() -> None:
 def _wrap(module: Any) -> None:
     EngineCore = module.EngineCore
     wrap_method(EngineCore, "_initialize_kv_caches", _allocate_swap, ("self", "vllm_config"))
+    EngineCore.calidrop_settings = None
+    EngineCore.calidrop_reads = 0
+    EngineCore.calidrop_stats = _stats
+    EngineCore.calidrop_change_defaults = _change_defaults
 
 
 def _allocate_swap(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,15 +45,43 @@ def _allocate_swap(original: Callable[..., Any]) -> Callable[..., Any]:
         if not is_selected(vllm_config):
             return original(self, vllm_config, *args, **kwargs)
         from vllm_calidrop.cache import spec
+        from vllm_calidrop.defaults import VersionedSettings
         from vllm_calidrop.engine import size_pools
+        from vllm_calidrop.settings import ServerSettings
         from vllm_calidrop.support import refuse_scheduler
 
         refuse_scheduler(vllm_config.scheduler_config.get_scheduler_cls())
         require_installed(_REQUIRED)
         spec.register()
+        self.calidrop_settings = VersionedSettings(
+            1, ServerSettings.from_additional_config(vllm_config.additional_config)
+        )
         kv_cache_config = original(self, vllm_config, *args, **kwargs)
         kv_cache_config.calidrop_pools = size_pools(vllm_config, kv_cache_config)
         self.model_executor.collective_rpc("calidrop_allocate", args=(kv_cache_config.calidrop_pools,))
         return kv_cache_config
 
     return _initialize_kv_caches
+
+
+def _stats(self: Any) -> dict[str, Any]:
+    """This engine's numbers (docs/server.md), and the defaults in force. Called between steps: milliseconds."""
+    from vllm_calidrop.stats import engine_stats
+
+    self.calidrop_reads += 1
+    stats = engine_stats(self.scheduler, self.scheduler.calidrop, getattr(self, "engine_index", 0))
+    return {
+        "stats": stats | {"read": self.calidrop_reads},
+        "defaults": self.calidrop_settings.as_dict(),
+    }
+
+
+def _change_defaults(self: Any, changes: dict[str, Any]) -> dict[str, Any]:
+    """The defaults with these changes, as version and names; `refused` instead where they cannot be used."""
+    from vllm_calidrop.settings import SettingsError
+
+    try:
+        self.calidrop_settings = self.calidrop_settings.changed(changes)
+    except SettingsError as error:
+        return {"refused": {"message": str(error), "field": error.field}}
+    return self.calidrop_settings.as_dict()

@@ -13,39 +13,46 @@ from vllm_calidrop.cache.codecs.grouped import GroupedCodec, Quantised, bfloat16
 class IntegerCodec(GroupedCodec):
     """numbers: -L/2 .. L/2 for codes 0 .. L = 2^bits - 1.
 
-    shrinks: parts of the range that are tried; the one of least squared error is taken, and what lies beyond it is
-    clamped. With the whole range alone, every value errs by half a scale at most.
+    shrinks: parts of the range that are tried beside the whole: the one of least squared error is taken, and what lies
+    beyond it is clamped. With the whole range alone, every value errs by half a scale at most.
     """
 
-    shrinks: ClassVar[tuple[float, ...]] = (1.0,)
+    shrinks: ClassVar[tuple[float, ...]] = ()
 
     def quantise(self, x: Tensor, dim: int, valid: Tensor) -> Quantised:
-        levels = 2**self.bits - 1
         low = torch.where(valid, x, torch.inf).amin(dim, keepdim=True)
         high = torch.where(valid, x, -torch.inf).amax(dim, keepdim=True)
         low, high = (torch.where(edge.isinf(), 0.0, edge) for edge in (low, high))  # nothing counts
         offset = (low / 2 + high / 2).to(torch.bfloat16)
         away = x - offset.float()
-        half = torch.maximum(high - offset.float(), offset.float() - low)
-        best_error, best = None, None
+        step = torch.maximum(high - offset.float(), offset.float() - low) * (2 / self.levels)
+        scale = bfloat16_above(step)
+        codes = self._codes(away, scale)
+        error = self._error(away, codes, scale, dim, valid) if self.shrinks else None
         for shrink in self.shrinks:
-            scale = bfloat16_above(half * (shrink * 2 / levels))
-            codes = (torch.where(scale > 0, away / scale.float(), 0.0) + levels / 2).round().clamp(0, levels)
-            found = (codes, scale)
-            if len(self.shrinks) > 1:
-                error = torch.where(valid, away - scale.float() * (codes - levels / 2), 0.0)
-                error = error.square().sum(dim, keepdim=True)
-                if best_error is not None and best is not None:
-                    better = error < best_error
-                    found = tuple(torch.where(better, new, old) for new, old in zip(found, best, strict=True))
-                    error = torch.minimum(error, best_error)
-                best_error = error
-            best = found
-        assert best is not None
-        return Quantised(best[0].to(torch.uint8), offset, best[1])
+            assert error is not None
+            narrow = bfloat16_above(step * shrink)
+            clamped = self._codes(away, narrow)
+            its_error = self._error(away, clamped, narrow, dim, valid)
+            better = its_error < error
+            codes, scale = torch.where(better, clamped, codes), torch.where(better, narrow, scale)
+            error = torch.minimum(its_error, error)
+        return Quantised(codes, offset, scale)
+
+    @property
+    def levels(self) -> int:
+        return int(2**self.bits - 1)
+
+    def _codes(self, away: Tensor, scale: Tensor) -> Tensor:
+        codes = torch.where(scale > 0, away / scale.float(), 0.0) + self.levels / 2
+        return codes.round().clamp(0, self.levels).to(torch.uint8)
+
+    def _error(self, away: Tensor, codes: Tensor, scale: Tensor, dim: int, valid: Tensor) -> Tensor:
+        error = away - scale.float() * self.numbers(codes)
+        return torch.where(valid, error.square(), 0.0).sum(dim, keepdim=True)
 
     def numbers(self, codes: Tensor) -> Tensor:
-        return codes.float() - (2**self.bits - 1) / 2
+        return codes.float() - self.levels / 2
 
 
 class Int8(IntegerCodec):
@@ -62,7 +69,7 @@ class Int2(IntegerCodec):
     name = "int2"
     bits, group_tokens, outliers = 2, 112, 2
     gains = True
-    shrinks = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+    shrinks = (0.9, 0.8, 0.7, 0.6, 0.5)
 
 
 class Int8Plain(Int8):
