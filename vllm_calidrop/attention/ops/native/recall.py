@@ -66,7 +66,8 @@ def add_recalled(
     """
     head_dim = queries.shape[-1]
     dtypes = {queries.dtype, pool.pages.dtype, table.query.dtype, store.buffer.dtype}
-    if len(dtypes) > 1 or queries.dtype not in native.DTYPES or head_dim % native.LANES:
+    unknown = len(dtypes) > 1 or queries.dtype not in native.DTYPES or head_dim % native.LANES != 0
+    if unknown or rows.codec is not None or rows.most_reads is not None:
         return in_torch.add_recalled(rows, layer, queries, out, lse, pool, table, store, scale)
     assert out.is_contiguous() and lse.is_contiguous()
     queries = queries.contiguous()

@@ -163,9 +163,11 @@ class PageShares {
     }
   }
 
-  // Each page's sum of exponentials, over that of everything, the kept tokens included.
+  // Each page's sum of exponentials, over that of everything, the kept tokens included. NaN where mu is: such a head's
+  // KV must not be read (RecallStore.refuse).
   void shares(int head, float kept_lse) {
     float *logits = logits_.data() + head * stride_ * kPage, *shares = shares_.data() + head * stride_;
+    if (base_[head] != base_[head]) return (void)std::fill_n(shares, pages_, base_[head]);
     Floats tops = broadcast(kept_lse);
     for (int64_t page = 0; page < pages_; page++) tops = max(tops, load(logits + page * kPage));
     const float top = maximum(tops);
