@@ -4,41 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from xformers.ops.fmha import triton_splitk
 
-from tests.kernels.cases import LAYER, Case, Result, Row, Shape, assert_same, copy_of, dirty_scratch, make
-from tests.kernels.test_decode_step import ROWS
+from benchmarks.kernels.cases import LAYER, ROWS, Row, Shape, assert_same, make, run
+from benchmarks.kernels.device import let_xformers_be_interpreted
 from vllm_calidrop.attention.ops import gpu, xformers
 from vllm_calidrop.attention.ops import triton as kernels
 from vllm_calidrop.calibration import Gate
 
-
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """xFormers asks for a GPU and 16 bits; its kernels under the interpreter need neither."""
-    triton_splitk.FwOp.get_operator.cache_clear()
-    monkeypatch.setattr(triton_splitk.FwOp, "SUPPORTED_DEVICES", {"cuda", "cpu"})
-    monkeypatch.setattr(triton_splitk.FwOp, "SUPPORTED_DTYPES", {torch.float32, torch.float16})
-
-
-def run(case: Case, splits: int = 2) -> Result:
-    heads = case.shape.kv_heads * case.shape.group
-    table = copy_of(case.table)
-    out = torch.full_like(case.query, torch.inf, dtype=torch.float32)
-    lse = torch.full((len(case.rows.slot), heads), torch.inf)
-    xformers.decode_step(
-        case.query, out, case.cache, case.pool.pages[LAYER], case.rows, case.sequences, case.state(table),
-        dirty_scratch(len(case.rows.slot), heads, case.shape.head_dim, splits), case.scale, lse,
-    )  # fmt: skip
-    return Result(out, lse, table)
-
-
-def finite(case: Case) -> Case:
-    """It reads whole pages before it masks, so what lies before a row's start must be finite, as it is in a cache."""
-    for view in case.cache:
-        view.nan_to_num_(nan=3.0)
-    case.pool.pages.nan_to_num_(nan=3.0)
-    return case
+let_xformers_be_interpreted()
 
 
 @pytest.mark.parametrize(
@@ -51,15 +24,15 @@ def finite(case: Case) -> Case:
     ids=str,
 )
 def test_equals_reference(shape: Shape, splits: int) -> None:
-    case = finite(make(shape, ROWS))
+    case = make(shape, ROWS).finite()
     assert xformers.refusal(torch.float16, shape.head_dim, case.cache) is None
-    assert_same(case, run(case, splits))
+    assert_same(case, run(case, splits, xformers.decode_step))
 
 
 def test_every_branch_of_every_gate() -> None:
     rows = [Row(20, start=3, stored=40, gate=gate, near=near) for near in (0.8, 1.4, 4.0) for gate in Gate]
-    case = finite(make(Shape(head_dim=32), rows, seed=1))
-    counts = assert_same(case, run(case)).table.counts[:, LAYER]
+    case = make(Shape(head_dim=32), rows, seed=1).finite()
+    counts = assert_same(case, run(case, step=xformers.decode_step)).table.counts[:, LAYER]
     assert (counts.sum(0)[:4] > 0).all()
 
 
