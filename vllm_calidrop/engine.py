@@ -9,6 +9,7 @@ import psutil
 
 from vllm_calidrop.cache.ledger import Ledger, Shape
 from vllm_calidrop.cache.spec import CaliDropSpec
+from vllm_calidrop.flavour import uses_cuda_flavour
 from vllm_calidrop.memory import (
     ModelShape,
     PoolSizes,
@@ -50,15 +51,19 @@ def make_ledger(vllm_config: Any, kv_cache_config: Any) -> Ledger:
 
 def make_worker(worker: Any, pools: PoolSizes) -> CaliDropWorker:
     """One rank's state table, pools and sequences, on the layers vLLM bound to its KV cache."""
-    runner = worker.model_runner
+    runner, config = worker.model_runner, worker.vllm_config
     (group,) = runner.kv_cache_config.kv_cache_groups
-    return CaliDropWorker(
-        runner,
-        list(group.layer_names),
-        _model_shape(worker.vllm_config, runner.kv_cache_config),
-        _num_slots(worker.vllm_config),
-        pools,
-    )
+    layer_names = list(group.layer_names)
+    shape, num_slots = _model_shape(config, runner.kv_cache_config), _num_slots(config)
+    if not uses_cuda_flavour():
+        return CaliDropWorker(runner, layer_names, shape, num_slots, pools)
+    from vllm_calidrop.attention.cuda.worker import CaliDropCudaWorker
+
+    max_rows = config.scheduler_config.max_num_seqs
+    ours = CaliDropCudaWorker(runner, layer_names, shape, num_slots, pools, runner.device, max_rows)
+    for name, index in ours.layer_index.items():
+        config.compilation_config.static_forward_context[name].impl.attach(ours, index)
+    return ours
 
 
 def size_pools(vllm_config: Any, kv_cache_config: Any) -> PoolSizes:

@@ -1,0 +1,87 @@
+"""The attention of one layer on CUDA: vLLM's Triton operator, compaction of prompts that are complete, then ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
+
+from vllm_calidrop.attention.cuda.compaction import compact, observe_chunk
+from vllm_calidrop.attention.cuda.metadata import CaliDropCudaMetadata
+from vllm_calidrop.attention.cuda.plain_cache import PlainCache
+from vllm_calidrop.attention.cuda.worker import CaliDropCudaWorker
+from vllm_calidrop.attention.ops.triton import Rows, decode_step
+from vllm_calidrop.attention.prefill import PrefillRow
+from vllm_calidrop.support import refuse_layer
+
+
+class CaliDropCudaImpl(TritonAttentionImpl):
+    """vLLM's Triton attention; without sequences to compact it is exactly that.
+
+    worker, index: given once ours exists (`attach`), which is before CUDA graphs are captured.
+    """
+
+    worker: CaliDropCudaWorker | None = None
+    index: int = -1
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        refuse_layer(self)
+
+    def attach(self, worker: CaliDropCudaWorker, index: int) -> None:
+        self.worker, self.index = worker, index
+
+    def fused_output_quant_supported(self, quant_key: Any) -> bool:
+        return False
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: CaliDropCudaMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """query, output: [tokens, Hq, D]; kv_cache: [blocks, H, block_size, 2 * D], new K and V already in it."""
+        stock = None if attn_metadata is None else attn_metadata.stock
+        if attn_metadata is None or stock is not None:
+            super().forward(layer, query, key, value, kv_cache, stock, output, output_scale, output_block_scale)
+        if attn_metadata is None:
+            return output
+        if attn_metadata.prefills:
+            self._compact(query, kv_cache, attn_metadata.prefills)
+        if attn_metadata.decode is not None:
+            self._decode(query, kv_cache, attn_metadata.decode, output)
+        return output
+
+    def _compact(self, query: Tensor, kv_cache: Tensor, prefills: list[PrefillRow]) -> None:
+        worker = self.worker
+        assert worker is not None
+        cache = PlainCache(kv_cache)
+        for row in prefills:
+            chunk = query[row.first_token : row.first_token + row.length]
+            observe_chunk(row, self.index, chunk, cache, self.scale)
+            if row.completes:
+                selection = compact(row, self.index, chunk[-1], cache, worker.pool, worker.table, self.scale)
+                if worker.on_compaction is not None:
+                    worker.on_compaction(row.sequence.record, self.index, selection)
+
+    def _decode(self, query: Tensor, kv_cache: Tensor, rows: Rows, output: Tensor) -> None:
+        worker = self.worker
+        assert worker is not None
+        decode_step(
+            query,
+            output,
+            PlainCache(kv_cache).views,
+            worker.pages(self.index),
+            rows,
+            worker.slots.sequences,
+            worker.state(self.index),
+            worker.scratch(rows.slot.shape[0]),
+            self.scale,
+        )
