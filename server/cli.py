@@ -1,4 +1,4 @@
-"""`calidrop-server MODEL ...` is `vllm serve MODEL ... --attention-backend calidrop`."""
+"""`calidrop-server MODEL ...` is `vllm serve MODEL ... --attention-backend calidrop`; `plan` sizes it instead."""
 
 import sys
 from collections.abc import Sequence
@@ -13,6 +13,10 @@ def serve_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["plan"]:
+        from .plan_command import main as plan
+
+        sys.exit(plan(sys.argv[2:]))
     from vllm.entrypoints.cli.main import main as vllm_main
 
     sys.argv = ["vllm", *serve_arguments(sys.argv[1:])]

@@ -28,7 +28,7 @@ constexpr int kAhead = 2;          // tiles whose keys are fetched before they a
 // Logits of 16 * V tokens for H heads. query: [H, D].
 template <int H, int V, class T>
 inline void transposed_logits(const T* keys, long width, int head_dim, const float* query, float* out, long stride) {
-  constexpr int kPhases = H * V >= 8 ? 1 : H * V >= 4 ? 2 : 4;  // enough sums in flight to hide the latency of one
+  constexpr int kPhases = std::min(4, std::max(1, kSums / (H * V)));  // enough sums to hide the latency of one
   Floats sums[kPhases][H][V] = {};
   for (int d = 0; d < head_dim; d += kPhases)
     for (int p = 0; p < kPhases; p++)
@@ -49,7 +49,7 @@ inline void paired_logits(const bf16* keys, int head_dim, const float* query, fl
   Floats even[H][V] = {}, odd[H][V] = {};
   for (int d = 0; d < head_dim; d += 2)
     for (int v = 0; v < V; v++) {
-      const Words line = load_as<Words>(keys + v * kLanes * head_dim + d * kLanes);
+      const Floats line = load_line(keys + v * kLanes * head_dim + d * kLanes);
       const Floats a = evens(line), b = odds(line);
       for (int h = 0; h < H; h++) {
         even[h][v] += a * query[h * head_dim + d];
@@ -60,21 +60,21 @@ inline void paired_logits(const bf16* keys, int head_dim, const float* query, fl
     for (int v = 0; v < V; v++) store(out + h * stride + v * kLanes, even[h][v] + odd[h][v]);
 }
 
-// 16 / H tokens at a time; H is 1, 2 or 4.
+// Logits of 16 tokens: as many sums at a time as a register has lanes, reduced together. H is 1, 2 or 4.
 template <int H, class T>
 inline void plain_logits(const T* keys, int head_dim, const float* query, float* out, long stride) {
-  constexpr int kTokens = kLanes / H;
+  constexpr int kTokens = kPartLanes / H;
   for (int t = 0; t < kLanes; t += kTokens) {
-    Floats sums[kLanes] = {};
-    for (int d = 0; d < head_dim; d += kLanes) {
-      Floats q[H];
-      for (int h = 0; h < H; h++) q[h] = load(query + h * head_dim + d);
+    Part sums[kPartLanes] = {};
+    for (int d = 0; d < head_dim; d += kPartLanes) {
+      Part q[H];
+      for (int h = 0; h < H; h++) q[h] = load_lanes<Part>(query + h * head_dim + d);
       for (int i = 0; i < kTokens; i++) {
-        const Floats k = load(keys + (t + i) * head_dim + d);
+        const Part k = load_lanes<Part>(keys + (t + i) * head_dim + d);
         for (int h = 0; h < H; h++) sums[h * kTokens + i] += k * q[h];
       }
     }
-    const Floats logits = sums_of(sums);
+    const Part logits = sums_of(sums);
     for (int h = 0; h < H; h++)
       std::memcpy(out + h * stride + t, (const float*)&logits + h * kTokens, kTokens * sizeof(float));
   }
@@ -83,7 +83,7 @@ inline void plain_logits(const T* keys, int head_dim, const float* query, float*
 template <int L, int H, class T>
 inline void tile_logits_of(const Tile<T>& tile, int width, int head_dim, const float* query, float* out, long stride) {
   int t = tile.first / kLanes * kLanes;
-  if constexpr (L != kKeyPlain)
+  if constexpr (L != kKeyPlain && 2 * H <= kSums)
     for (; t + 2 * kLanes <= width && t + kLanes < tile.last; t += 2 * kLanes) {
       if constexpr (L == kKeyTransposed)
         transposed_logits<H, 2>(tile.keys + t, width, head_dim, query, out + t, stride);
@@ -142,7 +142,7 @@ inline void paired_values(const Tile<bf16>* tiles, int count, int width, int hea
   for (int i = 0; i < count; i++, weights += width) {
     const Tile<bf16>& tile = tiles[i];
     const auto line = [&](int t, int v) {
-      return load_as<Words>(tile.values + long(d + v * kLanes) * width + t / 2 * 2 * kLanes);
+      return load_line(tile.values + long(d + v * kLanes) * width + t / 2 * 2 * kLanes);
     };
     const auto alone = [&](int t) {  // one token whose neighbour in the pair is not attended
       for (int v = 0; v < V; v++) {
@@ -154,7 +154,7 @@ inline void paired_values(const Tile<bf16>* tiles, int count, int width, int hea
     if (t % 2) alone(t++);
     for (; t + 2 <= tile.last; t += 2)
       for (int v = 0; v < V; v++) {
-        const Words both = line(t, v);
+        const Floats both = line(t, v);
         const Floats a = evens(both), b = odds(both);
         for (int h = 0; h < H; h++) {
           sums[h][v] += a * weights[h * stride + t];
@@ -180,8 +180,12 @@ template <int L, int H, class T>
 inline void add_values_of(const std::vector<Tile<T>>& tiles, int width, int head_dim, const float* weights,
                           long stride, float* out) {
   int d = 0;
-  for (; d + 4 * kLanes <= head_dim; d += 4 * kLanes) values_of<L, H, 4>(tiles, width, head_dim, d, weights, stride, out);
-  for (; d + 2 * kLanes <= head_dim; d += 2 * kLanes) values_of<L, H, 2>(tiles, width, head_dim, d, weights, stride, out);
+  if constexpr (4 * H <= kValueSums)
+    for (; d + 4 * kLanes <= head_dim; d += 4 * kLanes)
+      values_of<L, H, 4>(tiles, width, head_dim, d, weights, stride, out);
+  if constexpr (2 * H <= kValueSums)
+    for (; d + 2 * kLanes <= head_dim; d += 2 * kLanes)
+      values_of<L, H, 2>(tiles, width, head_dim, d, weights, stride, out);
   for (; d < head_dim; d += kLanes) values_of<L, H, 1>(tiles, width, head_dim, d, weights, stride, out);
 }
 
@@ -269,14 +273,11 @@ class Attention {
 
   // Logits of the chunk become weights relative to the new maximum; what was summed before is rescaled to it.
   void softmax(int head, float* weights) {
-    const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     Floats tops = broadcast(-kInf);
     for (size_t i = 0; i < tiles_.size(); i++)
       for (int t = tiles_[i].first / kLanes * kLanes; t < tiles_[i].last; t += kLanes) {
         float* at = weights + i * width_ + t;
-        const Ints token = lane + t;
-        const Floats logits =
-            (token >= tiles_[i].first) & (token < tiles_[i].last) ? load(at) * scale_ : broadcast(-kInf);
+        const Floats logits = keep(load(at) * scale_, tiles_[i].first - t, tiles_[i].last - t);
         store(at, logits);
         tops = max(tops, logits);
       }

@@ -204,7 +204,7 @@ class Columns {
       if (t + kLanes <= count)
         store(sums + t, load(sums + t) + total);
       else
-        for (int i = 0; t + i < count; i++) sums[t + i] += total[i];
+        for (int i = 0; t + i < count; i++) sums[t + i] += ((const float*)&total)[i];
     }
   }
 

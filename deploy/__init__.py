@@ -1,0 +1,1 @@
+"""What deploys the server; as a package, what checks it (check_image.py)."""

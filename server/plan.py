@@ -1,0 +1,166 @@
+"""How much device and host memory a model, context, budget and concurrency take; plan_command.py prints it.
+
+Every size comes from the functions that the engine itself uses (vllm_calidrop/memory.py), per tensor-parallel rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_calidrop.cache.layout import first_kept_block, swap_blocks_for
+from vllm_calidrop.memory import (
+    Footprint,
+    ModelShape,
+    buffer_page_bytes,
+    footprint,
+    recall_pool_bytes,
+    recall_pools,
+    sketch_block_bytes,
+    swap_block_bytes,
+)
+from vllm_calidrop.settings import RequestSettings, ServerSettings
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is to be served. context and output: tokens of every request's prompt and answer, the largest expected."""
+
+    context: int
+    output: int
+    concurrency: int
+    block_size: int
+    settings: RequestSettings
+
+
+@dataclass(frozen=True)
+class PerSequence:
+    """One sequence at its last token. Blocks are vLLM's KV blocks; swap and sketch blocks hold 128 evicted tokens."""
+
+    full_blocks: int
+    prompt_blocks: int
+    budget_blocks: int
+    swap_blocks: int
+    sketch_blocks: int
+    buffer_pages: int
+
+    @classmethod
+    def of(cls, load: Workload) -> PerSequence:
+        settings, prompt = load.settings, load.context
+        prompt_blocks, full = -(-prompt // load.block_size), -(-(prompt + load.output) // load.block_size)
+        if not settings.compresses or settings.kv_budget is None or prompt <= settings.kv_budget:
+            return cls(full, prompt_blocks, full, 0, 0, 0)
+        stored = prompt - settings.kv_budget if settings.calibrates else 0
+        if settings.kv_calibration_size is not None:
+            stored = min(stored, settings.kv_calibration_size)
+        swap = swap_blocks_for(stored)
+        pages = settings.kv_recall == "pages" and swap > 0
+        freed = first_kept_block(prompt, settings.kv_budget, load.block_size)
+        buffer = settings.kv_recall_buffer if pages else 0
+        return cls(full, prompt_blocks, full - freed, swap, swap if pages else 0, buffer)
+
+
+def kv_block_bytes(shape: ModelShape, block_size: int) -> int:
+    """One block of vLLM's KV pool: K and V of `block_size` tokens in every layer."""
+    return shape.num_layers * block_size * shape.num_kv_heads * 2 * shape.head_dim * shape.dtype.itemsize
+
+
+def fit_full(one: PerSequence, pool_blocks: int) -> int:
+    """Sequences with full KV that the pool holds to their last token. One block of vLLM's pool is never given out."""
+    return max(0, pool_blocks - 1) // one.full_blocks
+
+
+def fit_budget(one: PerSequence, pool_blocks: int) -> int:
+    """Sequences with the budget that run without a preemption: all compressed but one, whose prompt is still whole.
+
+    One further block for every other sequence is the headroom that admission keeps while that prompt is prefilled.
+    """
+    free = pool_blocks - 1 - max(one.prompt_blocks, one.budget_blocks)
+    growth = 1 if one.budget_blocks < one.full_blocks else 0
+    return 0 if free < 0 else 1 + free // (one.budget_blocks + growth)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes per rank, and sequences. needed_*: KV pool for the asked concurrency; fit_*: what `pool_blocks` holds."""
+
+    shape: ModelShape
+    load: Workload
+    one: PerSequence
+    block_bytes: int
+    num_slots: int
+    ours: Footprint
+    swap_bytes: int
+    sketch_bytes: int
+    buffer_bytes: int
+    needed_full: int
+    needed_budget: int
+    pool_blocks: int | None
+    fit_full: int | None
+    fit_budget: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        load = dataclasses.asdict(self.load) | {"settings": self.load.settings.to_record()}
+        shape = dataclasses.asdict(self.shape) | {"dtype": str(self.shape.dtype).removeprefix("torch.")}
+        ours = dataclasses.asdict(self.ours) | {"total": self.ours.total}
+        return values | {"shape": shape, "load": load, "one": dataclasses.asdict(self.one), "ours": ours}
+
+    @property
+    def server_settings(self) -> dict[str, int]:
+        """What to put under `calidrop` in --additional-config so that nothing falls back at this concurrency."""
+        return {"swap_bytes": self.swap_bytes, "sketch_bytes": self.sketch_bytes, "buffer_bytes": self.buffer_bytes}
+
+
+def make_plan(
+    shape: ModelShape,
+    load: Workload,
+    settings: ServerSettings,
+    max_num_seqs: int,
+    concurrent_batches: int = 2,
+    kv_memory: int | None = None,
+    kv_pool: int | None = None,
+    swap_beside: bool = False,
+) -> Plan:
+    """concurrent_batches: 2 with vLLM's asynchronous scheduling, its default. kv_memory: bytes that vLLM finds for its
+    KV pool, out of which this backend takes its own; kv_pool: bytes of a KV pool of fixed size, which stays whole.
+    swap_beside: the swap pool comes out of kv_memory too (CPU).
+    """
+    one = PerSequence.of(load)
+    num_slots = max_num_seqs * concurrent_batches
+    block = kv_block_bytes(shape, load.block_size)
+    # One sequence more than run: an ended one's ids rest until the steps in flight are done.
+    count = load.concurrency + 1 if one.swap_blocks else 0
+    swap = _or(settings.swap_bytes, count * one.swap_blocks * swap_block_bytes(shape))
+    sketch = _or(settings.sketch_bytes, count * one.sketch_blocks * sketch_block_bytes(shape))
+    buffer = _or(settings.buffer_bytes, count * one.buffer_pages * buffer_page_bytes(shape))
+    given = settings.model_copy(update={"swap_bytes": swap, "sketch_bytes": sketch, "buffer_bytes": buffer})
+    ours = footprint(shape, num_slots, given)
+    pool_blocks = None if kv_pool is None else kv_pool // block
+    if kv_memory is not None:
+        left = kv_memory - ours.total - recall_pool_bytes(recall_pools(0, None, shape, num_slots, given), shape)
+        pool_blocks = max(0, left - (swap if swap_beside else 0)) // block
+    others = load.concurrency - 1
+    growth = 1 if one.budget_blocks < one.full_blocks else 0
+    needed = max(one.prompt_blocks, one.budget_blocks) + others * (one.budget_blocks + growth)
+    return Plan(
+        shape=shape,
+        load=load,
+        one=one,
+        block_bytes=block,
+        num_slots=num_slots,
+        ours=ours,
+        swap_bytes=swap,
+        sketch_bytes=sketch,
+        buffer_bytes=buffer,
+        needed_full=(load.concurrency * one.full_blocks + 1) * block,
+        needed_budget=(needed + 1) * block,
+        pool_blocks=pool_blocks,
+        fit_full=None if pool_blocks is None else fit_full(one, pool_blocks),
+        fit_budget=None if pool_blocks is None else fit_budget(one, pool_blocks),
+    )
+
+
+def _or(given: int | None, otherwise: int) -> int:
+    return otherwise if given is None else given

@@ -1,0 +1,215 @@
+"""A batch of rows with everything around the attended tokens NaN, in any layout, and what it must come to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vllm_calidrop.attention.ops.triton import (
+    KVCache,
+    Rows,
+    Sequences,
+    State,
+    decode_step,
+    make_scratch,
+    view_scratch,
+)
+from vllm_calidrop.cache.layout import SWAP_BLOCK_TOKENS
+from vllm_calidrop.cache.swap import SwapPool
+from vllm_calidrop.calibration import AttentionState, attention_state, cosine, decide, merge_states
+from vllm_calidrop.records import COUNTERS
+from vllm_calidrop.state_table import StateTable
+
+LAYERS, LAYER = 2, 1
+STRANGE = 999_999  # a block that does not exist: reading it is an error, or garbage
+
+
+def layouts(blocks: int, kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype, layout: str) -> KVCache:
+    """vLLM's caches as views of [blocks, H, bs, D], full of NaN."""
+    if layout == "cuda-tokens":  # token-major, K and V interleaved in the last dimension
+        cache = torch.full((blocks, block_size, kv_heads, 2 * head_dim), torch.nan, dtype=dtype).transpose(1, 2)
+        return KVCache(*cache.split(head_dim, -1))
+    cache = torch.full((blocks, kv_heads, block_size, 2 * head_dim), torch.nan, dtype=dtype)
+    if layout == "cuda-heads":
+        return KVCache(*cache.split(head_dim, -1))
+    assert layout == "cpu-vec"  # K transposed, then V
+    key, value = cache.view(blocks, kv_heads, 2, block_size * head_dim).unbind(2)
+    return KVCache(
+        key.unflatten(-1, (head_dim, block_size)).transpose(2, 3), value.unflatten(-1, (block_size, head_dim))
+    )
+
+
+class Shape(NamedTuple):
+    kv_heads: int = 2
+    group: int = 4
+    head_dim: int = 64
+    block_size: int = 16
+    dtype: torch.dtype = torch.float32
+    layout: str = "cuda-tokens"
+
+
+class Row(NamedTuple):
+    """end = 0: padding. slot_free: a row of plain vLLM. near: how alike old and new queries are."""
+
+    end: int
+    start: int = 0
+    stored: int = 0
+    plain: bool = False
+    theta1: float = 0.7
+    theta2: float = 0.85
+    gate: int = 0
+    near: float = 1.0
+
+
+@dataclass
+class Case:
+    shape: Shape
+    query: Tensor
+    cache: KVCache
+    pool: SwapPool
+    rows: Rows
+    sequences: Sequences
+    table: StateTable
+    kept: list[tuple[Tensor, Tensor] | None]
+    scale: float
+
+    def state(self, table: StateTable) -> State:
+        return State(table.query[LAYER], table.out[LAYER], table.lse[LAYER], table.counts[:, LAYER])
+
+
+def make(shape: Shape, given: list[Row], seed: int = 0) -> Case:
+    torch.manual_seed(seed)
+    kv_heads, group, head_dim, bs, dtype, layout = shape
+    num_rows, num_slots = len(given), len(given) + 2
+    columns = max(1, -(-max(row.end for row in given) // bs)) + 1
+    cache = layouts(num_rows * columns + 1, kv_heads, bs, head_dim, dtype, layout)
+    free = iter((torch.randperm(num_rows * columns) + 1).tolist())
+    table = torch.full((num_rows, columns + 3), STRANGE, dtype=torch.int32)
+    slots = torch.randperm(num_slots)[:num_rows].int()
+    tokens = torch.randperm(num_rows + 1)[:num_rows].int()
+    widths = [-(-row.stored // SWAP_BLOCK_TOKENS) for row in given]
+    swap = torch.full((num_slots, max(1, *widths) + 1), STRANGE, dtype=torch.int32)
+    swap_free = iter(torch.randperm(sum(widths) + 1).tolist())
+    pool = SwapPool(LAYERS, sum(widths) + 1, kv_heads, head_dim, dtype)
+    pool.pages.fill_(torch.nan)
+    states = StateTable(LAYERS, num_slots, kv_heads, group, head_dim, dtype)
+    start, stored, gate = (torch.full((num_slots,), -7, dtype=torch.int32) for _ in range(3))
+    theta1, theta2 = torch.full((2, num_slots), torch.nan)
+    query = torch.randn((num_rows + 1, kv_heads * group, head_dim)).to(dtype)
+    scale, kept = head_dim**-0.5, []
+    for index, row in enumerate(given):
+        slot, token = int(slots[index]), int(tokens[index])
+        if row.end == 0:
+            tokens[index] = STRANGE
+            kept.append(None)
+            start[slot] = 0
+            continue
+        first = 0 if row.plain else row.start
+        for column in range(first // bs, -(-row.end // bs)):
+            table[index, column] = next(free)
+        position = torch.arange(first, row.end)
+        keys, values = torch.randn((2, kv_heads, len(position), head_dim)).to(dtype)
+        blocks = table[index, position // bs].long()
+        cache.key[blocks, :, position % bs] = keys.transpose(0, 1)
+        cache.value[blocks, :, position % bs] = values.transpose(0, 1)
+        kept.append((keys, values))
+        if row.plain:
+            slots[index] = -1
+            continue
+        start[slot], stored[slot], gate[slot] = row.start, row.stored, row.gate
+        theta1[slot], theta2[slot] = row.theta1, row.theta2
+        if row.stored:
+            ids = torch.tensor([next(swap_free) for _ in range(widths[index])])
+            swap[slot, : len(ids)] = ids
+            keys, values = torch.randn((2, kv_heads, row.stored, head_dim)).to(dtype)
+            pool.write(LAYER, ids, keys, values)
+            new = query[token].view(kv_heads, group, head_dim).float()
+            old = (new + torch.randn_like(new) * torch.rand((kv_heads, group, 1)) * row.near).to(dtype)
+            states.put(LAYER, slot, old, attention_state(old, keys, values, scale))
+    rows = Rows(slots, tokens, torch.tensor([row.end for row in given], dtype=torch.int32), table)
+    sequences = Sequences(start, stored, theta1, theta2, gate, swap)
+    return Case(shape, query, cache, pool, rows, sequences, states, kept, scale)
+
+
+def copy_of(table: StateTable) -> StateTable:
+    copy = StateTable.__new__(StateTable)
+    copy.query, copy.out = table.query.clone(), table.out.clone()
+    copy.lse, copy.counts = table.lse.clone(), table.counts.clone()
+    return copy
+
+
+class Result(NamedTuple):
+    out: Tensor
+    lse: Tensor
+    table: StateTable
+
+
+def run(case: Case, splits: int = 2, dirt: float = torch.nan) -> Result:
+    """Through the kernels; scratch and answer are dirty before."""
+    kv_heads, group, head_dim = case.shape[:3]
+    num_rows = len(case.rows.slot)
+    flat = make_scratch(num_rows, kv_heads, group, head_dim, "cpu")
+    for tensor in flat:
+        tensor.fill_(dirt if tensor.is_floating_point() else 77)
+    scratch = view_scratch(flat, num_rows, kv_heads, group, head_dim, splits)
+    table = copy_of(case.table)
+    out = torch.full_like(case.query, torch.inf, dtype=torch.float32)
+    lse = torch.full((num_rows, kv_heads * group), torch.inf)
+    decode_step(
+        case.query, out, case.cache, case.pool.pages[LAYER], case.rows, case.sequences, case.state(table), scratch,
+        case.scale, lse,
+    )  # fmt: skip
+    return Result(out, lse, table)
+
+
+def expected(case: Case) -> Result:
+    """The same in torch, row by row, from `calibration.py`."""
+    kv_heads, group, head_dim = case.shape[:3]
+    table = copy_of(case.table)
+    out = torch.full_like(case.query, torch.inf, dtype=torch.float32)
+    lse = torch.full((len(case.rows.slot), kv_heads * group), torch.inf)
+    for index, kept in enumerate(case.kept):
+        if kept is None:
+            continue
+        slot, token = int(case.rows.slot[index]), int(case.rows.token[index])
+        query = case.query[token].view(kv_heads, group, head_dim)
+        state = attention_state(query, *kept, case.scale)
+        stored = int(case.sequences.stored[slot]) if slot >= 0 else 0
+        if stored:
+            state = _calibrated(case, table, slot, stored, query, state)
+        out[token], lse[index] = state.out.flatten(0, 1), state.lse.flatten()
+    return Result(out, lse, table)
+
+
+def _calibrated(
+    case: Case, table: StateTable, slot: int, stored: int, query: Tensor, kept: AttentionState
+) -> AttentionState:
+    sequences, slots = case.sequences, torch.tensor([slot])
+    rho = cosine(query, table.query[LAYER, slot])[None]
+    decision = decide(rho, sequences.theta1[slots], sequences.theta2[slots], sequences.gate[slots])
+    table.count(LAYER, slots, decision)
+    recompute, merge = decision.recompute[0], decision.merge[0]
+    ids = sequences.swap_blocks[slot, : -(-stored // SWAP_BLOCK_TOKENS)].long()
+    heads = torch.arange(case.shape.kv_heads)
+    keys, values = case.pool.read(LAYER, ids.expand(len(heads), -1), heads)
+    fresh = attention_state(query, keys[:, :stored], values[:, :stored], case.scale)
+    table.query[LAYER, slot][recompute] = query[recompute]
+    table.out[LAYER, slot][recompute] = fresh.out[recompute]
+    table.lse[LAYER, slot][recompute] = fresh.lse[recompute]
+    used = table.lse[LAYER, slot].masked_fill(~(recompute | merge), -torch.inf)
+    return merge_states(kept, AttentionState(table.out[LAYER, slot], used))
+
+
+def assert_same(case: Case, found: Result, atol: float = 2e-6, rtol: float = 2e-5) -> Result:
+    wanted = expected(case)
+    torch.testing.assert_close(found.out, wanted.out, atol=atol, rtol=rtol)
+    torch.testing.assert_close(found.lse, wanted.lse, atol=atol, rtol=rtol)
+    torch.testing.assert_close(found.table.out, wanted.table.out, atol=atol, rtol=rtol)
+    torch.testing.assert_close(found.table.lse, wanted.table.lse, atol=atol, rtol=rtol)
+    assert torch.equal(found.table.query, wanted.table.query)
+    assert torch.equal(found.table.counts, wanted.table.counts), (found.table.counts, wanted.table.counts)
+    assert found.table.counts.shape[-1] == len(COUNTERS)
+    return wanted

@@ -1,0 +1,121 @@
+"""Decode through the kernels against `calibration.py`, row by row: lengths at tile and block edges, every branch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from triton.runtime.interpreter import interpreter_builder
+
+from tests.kernels.cases import LAYER, Row, Shape, assert_same, copy_of, make, run
+from vllm_calidrop.attention.ops.triton import make_scratch, scratch_bytes, splits_for, view_scratch
+from vllm_calidrop.calibration import Gate
+
+# Around the edges of blocks (16), tiles (64, 32), swap pages (16) and swap blocks (128).
+ROWS = [
+    Row(1),
+    Row(17, start=15, stored=1),
+    Row(0),
+    Row(64, start=0, stored=16, gate=Gate.HEAD),
+    Row(130, start=1, stored=129, gate=Gate.GROUP_MEAN),
+    Row(33, plain=True),
+    Row(66, start=33, stored=0),
+    Row(98, start=33, stored=100, gate=Gate.HEAD),
+]
+SHAPES = [
+    Shape(),
+    Shape(kv_heads=1, group=1, head_dim=96, block_size=48, layout="cpu-vec"),
+    Shape(kv_heads=3, group=5, head_dim=80, block_size=32, layout="cuda-heads"),
+    Shape(group=16, head_dim=128),
+    Shape(kv_heads=1, group=2, head_dim=256, block_size=16),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_reference(shape: Shape) -> None:
+    case = make(shape, ROWS)
+    assert_same(case, run(case))
+
+
+def test_every_branch_is_taken_by_every_gate() -> None:
+    rows = [Row(20, start=3, stored=40, gate=gate, near=near) for near in (0.8, 1.4, 4.0) for gate in Gate]
+    case = make(Shape(head_dim=32), rows, seed=1)
+    counts = assert_same(case, run(case)).table.counts[:, LAYER]
+    for gate in Gate:
+        of_gate = counts[case.rows.slot[gate :: len(Gate)].long()].sum(0)
+        assert (of_gate[:4] > 0).all(), (gate, of_gate)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
+def test_sixteen_bits(dtype: torch.dtype, tolerance: float) -> None:
+    """Weights are rounded before they meet the values, and accumulated in fp32."""
+    case = make(Shape(dtype=dtype), ROWS)
+    assert_same(case, run(case), tolerance, tolerance)
+
+
+@pytest.mark.parametrize("thresholds", [(2.0, 2.0), (-2.0, -2.0), (-2.0, 2.0)])
+def test_extreme_thresholds(thresholds: tuple[float, float]) -> None:
+    rows = [Row(40, 7, 150, theta1=thresholds[0], theta2=thresholds[1], gate=gate) for gate in Gate]
+    case = make(Shape(), rows)
+    assert_same(case, run(case))
+
+
+def test_a_rho_equal_to_a_threshold_is_inside_the_band() -> None:
+    case = make(Shape(kv_heads=1, group=2), [Row(20, 4, 30, theta1=1.0, theta2=1.0, gate=gate) for gate in Gate])
+    case.query.zero_()[..., 0] = 2.0
+    case.table.query.zero_()[..., 0] = 4.0
+    counts = assert_same(case, run(case)).table.counts[:, LAYER]
+    assert counts.sum(0).tolist() == [0, 0, 6, 0, 0]
+
+
+def test_nothing_evicted_in_a_stored_state_changes_nothing() -> None:
+    """A slot's state before its first recomputation may be that of an empty set: out 0, lse -inf; a zero query too."""
+    rows = [Row(30, 5, 20, theta1=-2.0, theta2=-2.0), Row(30, 5, 20, theta1=0.5, theta2=0.5)]
+    case = make(Shape(), rows)
+    case.table.query.zero_()
+    case.table.out.zero_()
+    case.table.lse.fill_(-torch.inf)
+    found = run(case)
+    assert_same(case, found)
+    case.sequences.stored.zero_()
+    token = int(case.rows.token[0])
+    torch.testing.assert_close(found.out[token], run(case).out[token])
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5])
+def test_splits_and_the_order_of_programs_change_nothing(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever order programs run in: in particular, a split sees the state table as it was before the step."""
+    rows = [Row(150, 9, 300, gate=gate) for gate in Gate] + [Row(150, 9, 300, theta1=2.0, theta2=2.0)]
+    case = make(Shape(kv_heads=1, group=2, head_dim=32), rows)
+    forward = run(case, splits)
+    assert_same(case, forward)
+    set_index = interpreter_builder.set_grid_idx
+
+    def set_from_the_end(*index: int) -> None:
+        set_index(*(size - 1 - i for size, i in zip(interpreter_builder.grid_dim, index)))
+
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", set_from_the_end)
+    backward = run(case, splits)
+    assert torch.equal(backward.out, forward.out) and torch.equal(backward.lse, forward.lse)
+    assert torch.equal(backward.table.lse, forward.table.lse) and torch.equal(backward.table.out, forward.table.out)
+    assert torch.equal(backward.table.counts, forward.table.counts)
+
+
+def test_a_step_follows_a_step() -> None:
+    """The second step sees what the first one stored: the same query merges now, and the answer stays."""
+    case = make(Shape(), [Row(40, 7, 150, theta1=0.9, theta2=0.9, near=5.0, gate=Gate.HEAD)])
+    first = run(case)
+    case.table = copy_of(first.table)
+    second = run(case)
+    assert_same(case, second)
+    recomputes, merges = (second.table.counts - first.table.counts)[:, LAYER].sum(0)[:2].tolist()
+    assert (recomputes, merges) == (0, 8)
+    torch.testing.assert_close(second.out, first.out)
+
+
+def test_scratch_serves_every_batch_up_to_its_size() -> None:
+    for rows, kv_heads in ((1, 1), (7, 2), (64, 8), (300, 8)):
+        flat = make_scratch(rows, kv_heads, 2, 8, "cpu")
+        assert sum(tensor.numel() * tensor.itemsize for tensor in flat) == scratch_bytes(rows, kv_heads, 2, 8)
+        for count in range(1, rows + 1):
+            view = view_scratch(flat, count, kv_heads, 2, 8)
+            assert view.kept_out.shape == (count, kv_heads * 2, splits_for(count, kv_heads), 8)

@@ -1,0 +1,145 @@
+"""What the GPU operators are called with: tensors on the device, by name and shape. Nothing of vLLM, nothing computed.
+
+Shapes: N rows of a decode step, S state slots, H KV heads, G query heads per KV head, Hq = H * G, D head_dim, bs the
+block size of the tables (the kernel block size, where vLLM splits its blocks), C columns of a block table, W swap
+blocks of a sequence at most.
+
+A *row* is one decoding sequence in a batch, a *state slot* is its place in the tables for as long as it runs. Per step
+only `Rows` changes: `end` and `block_table` are vLLM's own persistent tensors (seq_lens, block table), so nothing has
+to be copied but the slots. Everything is read by the kernels themselves: no value is needed on the host, nothing is
+allocated, grids depend on shapes alone, so a step can be captured in a CUDA graph and replayed with other contents.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Values of the decision buffer.
+PLAIN, MERGE, RECOMPUTE = 0, 1, 2
+
+
+class Rows(NamedTuple):
+    """The rows of a step. Any integer dtype; int32 is what vLLM has.
+
+    slot: [N], state slot; -1: a row of plain vLLM (full KV, attended from token 0, no calibration).
+    token: [N], index of the row's query in `query` and of its answer in `out`.
+    end: [N], tokens known, the current one included (vLLM's seq_lens). 0: padding; nothing is read or written for it,
+        whatever its other entries hold.
+    block_table: [N, C], stride(1) == 1, columns from token 0 on (vLLM's own). Columns below start // bs and from
+        ceil(end / bs) on are never read: they may hold anything.
+    """
+
+    slot: Tensor
+    token: Tensor
+    end: Tensor
+    block_table: Tensor
+
+
+class Sequences(NamedTuple):
+    """What holds for a sequence until it ends, by state slot; written when it is admitted or has been compacted.
+
+    start: int [S], the first attended token, P - B, in the numbering of `Rows.end` and of the block table's columns.
+    stored: int [S], evicted tokens per KV head in the swap pool; 0: no calibration state (also for recall by pages).
+    theta1, theta2: float32 [S]. gate: int [S], values of `calibration.Gate`.
+    swap_blocks: int [S, W], stride(1) == 1; entries from ceil(stored / SWAP_BLOCK_TOKENS) on are never read.
+
+    Slots of different rows of a step are distinct.
+    """
+
+    start: Tensor
+    stored: Tensor
+    theta1: Tensor
+    theta2: Tensor
+    gate: Tensor
+    swap_blocks: Tensor
+
+
+class KVCache(NamedTuple):
+    """One layer's paged cache as two views of [blocks, H, bs, D] with any strides: the layout is in the strides alone.
+
+    vLLM on CUDA: K and V interleaved in the last dimension, token-major or head-major; on CPU (vec): K transposed.
+    """
+
+    key: Tensor
+    value: Tensor
+
+
+class State(NamedTuple):
+    """One layer of the state table (`state_table.py`), contiguous, and its counters.
+
+    query: [S, H, G, D], dtype of the queries; out: float32 [S, H, G, D]; lse: float32 [S, H, G].
+    counts: int64 [S, len(COUNTERS)] of this layer, stride(1) == 1.
+    """
+
+    query: Tensor
+    out: Tensor
+    lse: Tensor
+    counts: Tensor
+
+
+class Scratch(NamedTuple):
+    """What a decode step writes and reads again, shared by all layers; made once for the largest batch.
+
+    kept_out: float32 [N, Hq, splits, D], kept_lse: float32 [N, Hq, splits]: states over parts of the kept tokens.
+    evicted_out, evicted_lse: the same over parts of the evicted ones, with splits of their own.
+    decision: int32 [N, Hq], PLAIN, MERGE or RECOMPUTE.
+    Out of a split without tokens, and everything of a row that does not need it, is left as it was.
+    """
+
+    kept_out: Tensor
+    kept_lse: Tensor
+    evicted_out: Tensor
+    evicted_lse: Tensor
+    decision: Tensor
+
+
+# Programs that keep a large GPU busy, and the most splits of one (row, KV head) pair, whatever the batch.
+PROGRAMS = 512
+MAX_SPLITS = 32
+
+
+def splits_for(rows: int, kv_heads: int) -> int:
+    """Splits of each (row, KV head) pair's tokens, for kept and for evicted tokens: a power of two.
+
+    By the size of the batch alone, never by lengths: a split takes the same share of however many tokens a row has.
+    """
+    wanted = PROGRAMS // max(1, rows * kv_heads)
+    return min(MAX_SPLITS, 1 << max(0, wanted.bit_length() - 1))
+
+
+def scratch_bytes(rows: int, kv_heads: int, group: int, head_dim: int) -> int:
+    """Bytes of `make_scratch` for any batch of up to `rows` rows."""
+    most = max(n * splits_for(n, kv_heads) for n in range(1, rows + 1))
+    return kv_heads * group * (2 * most * (head_dim + 1) * 4 + rows * 4)
+
+
+def make_scratch(rows: int, kv_heads: int, group: int, head_dim: int, device: torch.device | str) -> Scratch:
+    """Scratch for batches of up to `rows` rows; `view_scratch` gives the part that one batch size uses.
+
+    Its tensors are flat here: [rows x splits x Hq x D] is largest for some batch size below `rows`.
+    """
+    most = max(n * splits_for(n, kv_heads) for n in range(1, rows + 1)) * kv_heads * group
+    return Scratch(
+        kept_out=torch.empty(most * head_dim, dtype=torch.float32, device=device),
+        kept_lse=torch.empty(most, dtype=torch.float32, device=device),
+        evicted_out=torch.empty(most * head_dim, dtype=torch.float32, device=device),
+        evicted_lse=torch.empty(most, dtype=torch.float32, device=device),
+        decision=torch.empty(rows * kv_heads * group, dtype=torch.int32, device=device),
+    )
+
+
+def view_scratch(scratch: Scratch, rows: int, kv_heads: int, group: int, head_dim: int, splits: int = 0) -> Scratch:
+    """The scratch of a batch of `rows` rows, as `Scratch` says. splits: `splits_for` unless given (not above it)."""
+    splits = splits or splits_for(rows, kv_heads)
+    shape = (rows, kv_heads * group, splits)
+    elements = rows * kv_heads * group * splits
+    return Scratch(
+        kept_out=scratch.kept_out[: elements * head_dim].view(*shape, head_dim),
+        kept_lse=scratch.kept_lse[:elements].view(shape),
+        evicted_out=scratch.evicted_out[: elements * head_dim].view(*shape, head_dim),
+        evicted_lse=scratch.evicted_lse[:elements].view(shape),
+        decision=scratch.decision[: rows * kv_heads * group].view(rows, kv_heads * group),
+    )

@@ -1,0 +1,37 @@
+"""Sizes of the kernels' tiles for a shape: one place, so that what is launched is what the tests compile."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Tiles(NamedTuple):
+    """m: query heads of a group (at least the 16 a tensor core takes), d: head_dim, both powers of two; n: tokens.
+
+    registers: the most a thread may have; None: as the assembler likes. Left alone at D = 128 it aims at an occupancy
+    that the shared memory does not allow, and spills for it.
+    """
+
+    m: int
+    n: int
+    d: int
+    warps: int
+    stages: int
+    registers: int | None
+
+
+def power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def tiles_for(group: int, head_dim: int) -> Tiles:
+    """K and V of a tile are at most 32 KiB in 16 bits, and `stages` tiles are on their way at once."""
+    d = max(16, power_of_two(head_dim))
+    return Tiles(
+        m=max(16, power_of_two(group)),
+        n=32 if d > 128 else 64,
+        d=d,
+        warps=4,
+        stages=3 if d <= 128 else 2,
+        registers=128 if d == 128 else None,
+    )
