@@ -60,8 +60,8 @@ def refuse_platform() -> None:
     if not is_experimental_accepted():
         raise UnsupportedError(
             [
-                "CUDA without being told to: this backend has been tested without a GPU only, under Triton's interpreter "
-                f"(docs/gpu.md); set {EXPERIMENTAL_VARIABLE}=1 to run it here"
+                "CUDA without being told to: this backend has been tested without a GPU only, under Triton's "
+                f"interpreter (docs/gpu.md); set {EXPERIMENTAL_VARIABLE}=1 to run it here"
             ]
         )
     logger.warning("CaliDrop: the CUDA backend has not been run on a GPU by its authors yet (docs/gpu.md)")

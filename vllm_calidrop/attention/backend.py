@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from vllm.v1.attention.backend import AttentionBackend
 
-from vllm_calidrop.flavour import uses_cuda_flavour
 from vllm_calidrop.cache import spec as cache_spec
+from vllm_calidrop.flavour import uses_cuda_flavour
 from vllm_calidrop.support import refuse_platform
 
 refuse_platform()

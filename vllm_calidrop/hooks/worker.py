@@ -56,7 +56,9 @@ def _send_counters(original: Callable[..., Any]) -> Callable[..., Any]:
         owners, counts = self.calidrop.step_counts()
         if not owners:
             return output
-        return _attach(output, owners, _sum_over_ranks(counts))
+        from vllm_calidrop.counters import PendingCounts
+
+        return _attach(output, owners, PendingCounts(_sum_over_ranks(counts)))
 
     return sample_tokens
 
@@ -71,13 +73,13 @@ def _sum_over_ranks(counts: Any) -> Any:
     return group.all_reduce(counts.float()).to(counts.dtype)
 
 
-def _attach(output: Any, owners: Any, counts: Any) -> Any:
+def _attach(output: Any, owners: Any, pending: Any) -> Any:
     from vllm.v1.outputs import AsyncModelRunnerOutput
 
     from vllm_calidrop.worker import counters_of
 
     if not isinstance(output, AsyncModelRunnerOutput):
-        setattr(output, COUNTERS_ATTRIBUTE, counters_of(owners, counts))
+        setattr(output, COUNTERS_ATTRIBUTE, counters_of(owners, pending.wait()))
         return output
 
     class WithCounters(AsyncModelRunnerOutput):
@@ -85,7 +87,7 @@ def _attach(output: Any, owners: Any, counts: Any) -> Any:
 
         def get_output(self) -> Any:
             finished = output.get_output()
-            setattr(finished, COUNTERS_ATTRIBUTE, counters_of(owners, counts))
+            setattr(finished, COUNTERS_ATTRIBUTE, counters_of(owners, pending.wait()))
             return finished
 
     return WithCounters()

@@ -1,9 +1,9 @@
 """What a step's attention on CUDA must know: vLLM's metadata for the whole batch, and which of its rows are ours.
 
 The batch stays whole. vLLM's operator runs over all rows, and is told that a row with a compacted prompt has one token;
-ours then answers those rows, wherever in the batch they are. So nothing is gathered or allocated per step, what a row
-without a budget gets is vLLM's to the bit, and a batch of decodes can be replayed from a captured CUDA graph: everything
-that differs lies in persistent buffers (`StepTable`, vLLM's own block table).
+ours then answers those rows, wherever in the batch they are. So nothing is gathered or allocated per step, rows without
+a budget get what vLLM gives them, and a batch of decodes can be replayed from a captured CUDA graph: all that differs
+lies in persistent buffers (`StepTable`, vLLM's own block table).
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class SlotTable:
         return num_slots * 4 * (len(_FIELDS) + swap_blocks_for(max_model_len))
 
     def admit(self, records: list[SequenceRecord]) -> None:
-        """The records of a step's new sequences. Steps in flight read other slots, or come before this in the stream."""
+        """A step's new sequences. Steps in flight read other slots, or come before this in the stream."""
         for record in records:
             slot = record.slot
             self._host[:3, slot] = (record.prompt_len - record.budget, record.stored, record.gate)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vllm_calidrop.attention.cuda.host_pool import PinnedSwapPool
 from vllm_calidrop.attention.cuda.slot_table import SlotTable
 from vllm_calidrop.attention.cuda.step_table import StepTable
+from vllm_calidrop.attention.cuda.upload import upload
 from vllm_calidrop.attention.ops.triton import Scratch, State, make_scratch, scratch_bytes, view_scratch
 from vllm_calidrop.memory import ModelShape, PoolSizes
 from vllm_calidrop.records import StepRecords
@@ -73,25 +75,15 @@ class CaliDropCudaWorker(CaliDropWorker):
     def scratch(self, num_rows: int) -> Scratch:
         return view_scratch(self._scratch, num_rows, *self._heads)
 
-    def has_unfinished_prompt(self) -> bool:
-        """Whether a prompt of this step will be compacted and is not complete before it: no full CUDA graph then."""
-        return any(self._done(i) < self._record(i).compaction_point for i in self._step_ids)
+    def _counts_of(self, slots: list[int]) -> Tensor:
+        index = torch.empty(len(slots), dtype=torch.int64, device=self._device)
+        upload(np.array(slots, dtype=np.int64), index)
+        return self.table.counts.index_select(0, index)
 
     def close(self) -> None:
         self.pool.close()
 
-    def _make_pool(self, *shape: Any) -> PinnedSwapPool:
-        return PinnedSwapPool(*shape, self._device)
-
-    def _record(self, request_id: str) -> Any:
-        sequence = self.sequences.get(request_id)
-        assert sequence is not None
-        return sequence.record
-
-    def _done(self, request_id: str) -> int:
-        """Tokens of a request that are computed before this step: V2 keeps them in its request table, V1 in its batch."""
-        if hasattr(self.runner, "req_states"):
-            states = self.runner.req_states
-            return int(states.num_computed_tokens_np[states.req_id_to_index[request_id]])
-        batch = self.runner.input_batch
-        return int(batch.num_computed_tokens_cpu[batch.req_id_to_index[request_id]])
+    def _make_pool(
+        self, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> PinnedSwapPool:
+        return PinnedSwapPool(num_layers, num_blocks, num_kv_heads, head_dim, dtype, self._device)
