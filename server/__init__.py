@@ -1,5 +1,1 @@
-"""The server side of vllm-calidrop, installed as `vllm_calidrop_server`.
-
-It will hold the routes, request models and application that vLLM's own OpenAI server gains from the plugin. Nothing is
-here yet but the command line (`cli.py`): compression itself needs only `vllm serve --attention-backend calidrop`.
-"""
+"""The server of vllm-calidrop, installed as `vllm_calidrop_server`: routes and metrics beside vLLM's own."""

@@ -42,6 +42,7 @@ def make_ledger(vllm_config: Any, kv_cache_config: Any) -> Ledger:
             num_kv_heads=shape.num_kv_heads,
             num_query_heads=shape.num_query_heads,
             kv_bytes_per_token=2 * shape.head_dim * shape.dtype.itemsize,
+            ranks=vllm_config.parallel_config.tensor_parallel_size,
         ),
         pools=kv_cache_config.calidrop_pools,
         num_slots=_num_slots(vllm_config),

@@ -91,9 +91,9 @@ def _number(value: Any) -> Any:
 
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 PositiveCount = Annotated[int, Field(ge=1, le=MAX_COUNT)]
-Threshold = Annotated[float, BeforeValidator(_number), Field(ge=-2.0, le=2.0)]
-Share = Annotated[float, BeforeValidator(_number), Field(ge=0.0, le=1.0)]
-PositiveShare = Annotated[float, BeforeValidator(_number), Field(gt=0.0, le=1.0)]
+Threshold = Annotated[float, Field(ge=-2.0, le=2.0), BeforeValidator(_number)]
+Share = Annotated[float, Field(ge=0.0, le=1.0), BeforeValidator(_number)]
+PositiveShare = Annotated[float, Field(gt=0.0, le=1.0), BeforeValidator(_number)]
 
 
 class RequestSettings(BaseModel):
@@ -244,6 +244,17 @@ class ServerSettings(BaseModel):
             raise _settings_error(error, "server setting of calidrop: ") from None
         except SettingsError as error:
             raise SettingsError(f"server setting of calidrop: {error}", *error.fields, value=error.value) from None
+        return server
+
+    def limits(self) -> dict[str, Any]:
+        """What requests are held to."""
+        return {}
+
+    def with_defaults(self, given: Mapping[str, Any]) -> Self:
+        """The same with other defaults of requests; a null is the table's. SettingsError where they are bad."""
+        defaults = {name: value for name, value in given.items() if value is not None}
+        server = self.model_copy(update={"request_defaults": defaults})
+        resolve_request({}, server)
         return server
 
 

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -74,15 +74,19 @@ def reference() -> CachedReference:
 SERVER_START_SECONDS = 300
 
 
+VLLM_SERVE = ("vllm", "serve", MODEL, "--attention-backend", "calidrop")
+CALIDROP_SERVER = ("calidrop-server", MODEL)
+
+
 @contextmanager
-def serving(log: Path, *options: str, **environment: str) -> Iterator[str]:
-    """`vllm serve MODEL --attention-backend calidrop` as a user starts it, in processes of its own; its base URL.
+def serving(log: Path, *options: str, program: Sequence[str] = VLLM_SERVE, **environment: str) -> Iterator[str]:
+    """A server as a user starts it, in processes of its own; its base URL.
 
     Stopped with Ctrl-C, which must end it cleanly.
     """
     inherited = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     port = _free_port()
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", MODEL, "--attention-backend", "calidrop"]
+    command = [str(Path(sys.executable).with_name(program[0])), *program[1:]]
     command += ["--block-size", "32", "--host", "127.0.0.1", "--port", str(port), *options]
     with log.open("w") as output:
         process = subprocess.Popen(

@@ -167,7 +167,7 @@ def test_full_swap_pool_keeps_full_kv_or_evicts(
 ) -> None:
     engine = engine_named("block32-whole")
     ledger = engine.scheduler.calidrop
-    whole, counted = ledger.swap, ledger.fallbacks.get("swap_full", 0)
+    whole, counted = ledger.swap, ledger.totals.fallbacks["swap_full"]
     ledger.swap = SwapLedger(8)  # two prompts of 500 evicted to 64 need four blocks each
     try:
         for on_full, mode in (("full", "full"), ("evict", "evict")):
@@ -181,7 +181,7 @@ def test_full_swap_pool_keeps_full_kv_or_evicts(
                 for ask, answer in zip(asks, answers, strict=True)
             ]  # fmt: skip
             assert_equal_to_reference(told, answers, [reference(ask) for ask in told])
-        assert ledger.fallbacks["swap_full"] == counted + 6
+        assert ledger.totals.fallbacks["swap_full"] == counted + 6
         engine.assert_nothing_in_use()
     finally:
         ledger.swap = whole

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.engine.harness import Engine
+from vllm_calidrop.defaults import VersionedSettings
 from vllm_calidrop.settings import RequestSettings, ServerSettings
 
 pytestmark = pytest.mark.engine
@@ -38,7 +39,8 @@ def records(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, A
 @pytest.fixture
 def default_budget(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     server = ServerSettings.from_additional_config({"calidrop": {"kv_budget": BUDGET}})
-    monkeypatch.setattr(engine.llm.llm_engine.input_processor, "calidrop_server_settings", server)
+    versioned = VersionedSettings(1, server)
+    monkeypatch.setattr(engine.llm.llm_engine.input_processor, "calidrop_server_settings", versioned)
     yield
 
 

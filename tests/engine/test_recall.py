@@ -148,7 +148,7 @@ def test_full_pools_keep_full_kv_or_evict(
 ) -> None:
     engine = engine_named("block32-whole")
     ledger = engine.scheduler.calidrop
-    whole, counted = getattr(ledger, pool), ledger.fallbacks.get("recall_full", 0)
+    whole, counted = getattr(ledger, pool), ledger.totals.fallbacks["recall_full"]
     setattr(ledger, pool, SwapLedger(8))  # two sequences: four sketch blocks, four buffer pages each
     try:
         for on_full, mode in (("full", "full"), ("evict", "evict")):
@@ -160,7 +160,7 @@ def test_full_pools_keep_full_kv_or_evict(
             fallback = {} if mode == "full" else {"kv_budget": 64, "kv_calibration": False}
             told = [*asks[:2], *(Ask(ask.prompt, 12, fallback) for ask in asks[2:])]
             assert_equal_to_reference(told, answers, [reference(ask) for ask in told])
-        assert ledger.fallbacks["recall_full"] == counted + 6
+        assert ledger.totals.fallbacks["recall_full"] == counted + 6
         engine.assert_nothing_in_use()
     finally:
         setattr(ledger, pool, whole)

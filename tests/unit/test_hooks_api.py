@@ -326,6 +326,7 @@ class TestInputProcessor:
     def process(self, extra_args: dict[str, Any] | None, selected: bool = True, resumable: bool = False) -> Any:
         from vllm import SamplingParams
 
+        from vllm_calidrop.defaults import VersionedSettings
         from vllm_calidrop.hooks import input_processor
         from vllm_calidrop.settings import ServerSettings
 
@@ -334,7 +335,8 @@ class TestInputProcessor:
         def original(self: Any, request_id: str, prompt: Any, params: Any) -> Any:
             return SimpleNamespace(sampling_params=params.clone(), resumable=resumable)
 
-        engine = SimpleNamespace(calidrop_server_settings=ServerSettings() if selected else None)
+        versioned = VersionedSettings(1, ServerSettings()) if selected else None
+        engine = SimpleNamespace(calidrop_server_settings=versioned)
         wrapped = input_processor._attaching_record(original)
         requests = [wrapped(engine, "id", None, params) for _ in range(2)]
         assert params.extra_args == extra_args, "the caller's own parameters stay as they are"

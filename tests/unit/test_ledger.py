@@ -143,13 +143,13 @@ def test_full_swap_pool_is_reported_and_counted_once(on_full: str, mode: str, ke
     request = make_request(1000, kv_budget=100, kv_on_full=on_full)
     ledger.admit(request)
     ledger.cancel(request)
-    assert ledger.fallbacks == {}
+    assert ledger.totals.fallbacks == {"swap_full": 0, "recall_full": 0}
     record = admit(ledger, request)
     report = report_of(ledger, request)
     assert (report["mode"], report["reason"], report["kept"]) == (mode, "swap_full", kept)
     assert (record is None) == (on_full == "full")
     assert record is None or (record.stored, record.swap_blocks) == (0, ())
-    assert ledger.fallbacks == {"swap_full": 1}
+    assert ledger.totals.fallbacks == {"swap_full": 1, "recall_full": 0}
     assert ledger.in_use["swap_blocks"] == 0
 
 
@@ -606,7 +606,7 @@ def test_full_recall_pools_fall_back_and_keep_nothing(full: dict[str, int], on_f
     record = admit(ledger, request)
     report = report_of(ledger, request)
     assert (report["mode"], report["reason"]) == (mode, "recall_full")
-    assert ledger.fallbacks == {"recall_full": 1}
+    assert ledger.totals.fallbacks == {"swap_full": 0, "recall_full": 1}
     assert record is None if mode == "full" else record is not None and record.recall is None
     assert ledger.in_use == NOTHING | {"sequences": 1, "state_slots": int(mode == "evict")}
 

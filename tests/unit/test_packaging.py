@@ -12,7 +12,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from vllm_calidrop_server.cli import serve_arguments
+from vllm_calidrop_server.cli import allowed_plugins, serve_arguments, take_own_flags
+from vllm_calidrop_server.options import Options
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -92,11 +93,44 @@ def test_makefile_has_the_target(target: str) -> None:
 
 def test_make_serve_serves_the_named_model_with_the_backend() -> None:
     command = what_make_would_run("serve", "MODEL=some/model", "PORT=8123", "ARGS=--seed 1").splitlines()[-1]
-    assert "vllm serve some/model --attention-backend calidrop " in command
+    assert "calidrop-server some/model --attention-backend calidrop " in command
     assert command.endswith("--host 127.0.0.1 --port 8123 --seed 1")
 
 
-def test_calidrop_server_adds_the_backend_unless_one_is_named() -> None:
-    assert serve_arguments(["m", "--port", "1"]) == ["serve", "m", "--port", "1", "--attention-backend", "calidrop"]
-    for named in (["--attention-backend", "cpu_attn"], ["--attention_backend=cpu_attn"]):
-        assert serve_arguments(["m", *named]) == ["serve", "m", *named]
+def test_calidrop_server_adds_what_is_not_named() -> None:
+    backend, timeout = ["--attention-backend", "calidrop"], ["--shutdown-timeout", "25"]
+    assert serve_arguments(["m", "--port", "1"]) == ["serve", "m", "--port", "1", *backend, *timeout]
+    for named in (
+        ["--attention-backend", "x"],
+        ["--attention_backend=x"],
+        ["-ac.backend=x"],
+        ["--attention-config.backend", "x"],
+    ):
+        assert serve_arguments(["m", *named]) == ["serve", "m", *named, *timeout]
+    assert serve_arguments(["m", "--shutdown-timeout=3"]) == ["serve", "m", "--shutdown-timeout=3", *backend]
+
+
+def test_own_flags_become_environment_variables() -> None:
+    rest, environment = take_own_flags(["m", "--calidrop-admin-key", "k", "--port", "1", "--calidrop-max-body-bytes=9"])
+    assert rest == ["m", "--port", "1"]
+    assert environment == {"CALIDROP_ADMIN_KEY": "k", "CALIDROP_MAX_BODY_BYTES": "9"}
+    for without in (["--calidrop-admin-key"], ["--calidrop-admin-key="]):
+        with pytest.raises(SystemExit, match="--calidrop-admin-key needs a value"):
+            take_own_flags(without)
+
+
+def test_every_plugin_stays_allowed_beside_ours() -> None:
+    """vLLM loads routes of plugins named in VLLM_PLUGINS only, and then no plugin that is not named."""
+    assert allowed_plugins("other") == "other,calidrop"
+    assert allowed_plugins("calidrop,other") == "calidrop,other"
+    assert allowed_plugins("") == "calidrop"
+    general = {point.name for point in entry_points(group="vllm.general_plugins")}
+    assert set(allowed_plugins(None).split(",")) >= general | {"calidrop"}
+
+
+@pytest.mark.parametrize("name", ["CALIDROP_MAX_BODY_BYTES", "CALIDROP_REFRESH_SECONDS"])
+@pytest.mark.parametrize("value", ["0", "-1", "many", "nan", "inf"])
+def test_options_that_are_no_positive_numbers(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=name):
+        Options.from_environment()

@@ -22,6 +22,7 @@ from vllm_calidrop.cache.layout import (
     view_start,
 )
 from vllm_calidrop.cache.swap import SwapLedger
+from vllm_calidrop.cache.totals import Totals
 from vllm_calidrop.calibration import Gate
 from vllm_calidrop.memory import PoolSizes
 from vllm_calidrop.policies import POLICIES
@@ -37,18 +38,25 @@ _GROUP_READS, _PAGES_READ = COUNTERS.index("group_reads"), COUNTERS.index("pages
 
 @dataclass(frozen=True)
 class Shape:
-    """What the ledger must know of the model on one rank. kv_bytes_per_token: K and V of one KV head in one layer."""
+    """What the ledger must know of the model on one rank. kv_bytes_per_token: K and V of one KV head in one layer.
+
+    ranks: how many there are (tensor parallel).
+    """
 
     block_size: int
     num_layers: int
     num_kv_heads: int
     num_query_heads: int
     kv_bytes_per_token: int
+    ranks: int = 1
 
 
 @dataclass
 class Report:
-    """What the answer's `calidrop` object says; counters accumulate over preemptions."""
+    """What the answer's `calidrop` object says; counters accumulate over preemptions.
+
+    counted, compacted: whether the request is in the engine's totals already.
+    """
 
     prompt_tokens: int
     kept: int
@@ -60,6 +68,8 @@ class Report:
     earlier_bytes: int = 0
     earlier: np.ndarray | None = None
     current: SequenceCounters | None = None
+    counted: bool = False
+    compacted: bool = False
 
     @property
     def counts(self) -> np.ndarray | None:
@@ -117,7 +127,7 @@ class Ledger:
         self.buffers = SwapLedger(pools.buffer_pages)
         self.num_slots = num_slots
         self.prefill_state_limit = prefill_state_limit
-        self.fallbacks: dict[str, int] = {}
+        self.totals = Totals(shape)
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._admitted: dict[str, _Admitted] = {}
         self._reports: dict[str, Report] = {}
@@ -185,6 +195,7 @@ class Ledger:
         earlier = self._reports.get(request.request_id)
         if earlier is not None:
             report.earlier, report.earlier_bytes = earlier.counts, earlier.bytes_read(self.shape)
+            report.counted, report.compacted = earlier.counted, earlier.compacted
         self._reports[request.request_id] = report
         self._admitted[request.request_id] = _Admitted(request, record)
 
@@ -193,9 +204,7 @@ class Ledger:
         record = self._admitted[request.request_id].record
         if record is not None:
             self._pending.admitted.append(record)
-        reason = self._reports[request.request_id].reason
-        if reason in ("swap_full", "recall_full"):
-            self.fallbacks[reason] = self.fallbacks.get(reason, 0) + 1
+        self.totals.admitted(self._reports[request.request_id])
 
     def cancel(self, request: Request) -> None:
         record = self._admitted.pop(request.request_id).record
@@ -213,11 +222,13 @@ class Ledger:
         """(request id, g) of sequences whose compaction step has been processed, each once."""
         freeable = []
         for request_id, admitted in self._admitted.items():
-            record, request = admitted.record, admitted.request
+            record = admitted.record
             if record is None or admitted.freed:
                 continue
-            if request.num_computed_tokens - request.num_in_flight_tokens >= record.compaction_point:
+            if _is_compacted(admitted):
                 admitted.freed = True
+                self.totals.compacted(record, self._reports[request_id])
+                self.totals.kv_blocks_freed += record.first_block
                 freeable.append((request_id, record.first_block))
         return freeable
 
@@ -227,6 +238,8 @@ class Ledger:
         if admitted is None or admitted.record is None:
             return
         record = admitted.record
+        if not admitted.freed and _is_compacted(admitted):
+            self.totals.compacted(record, self._reports[request_id])
         if record in self._pending.admitted:
             self._pending.admitted.remove(record)
         else:
@@ -263,7 +276,15 @@ class Ledger:
     def forget_reports(self, alive: Any) -> None:
         """Drop reports of requests vLLM no longer knows (`alive`: a container of request ids)."""
         for request_id in [request_id for request_id in self._reports if request_id not in alive]:
-            del self._reports[request_id]
+            self.totals.ended(self._reports.pop(request_id))
+
+    def reports(self) -> list[Report]:
+        """Of the requests that vLLM still knows, waiting ones included that were preempted."""
+        return list(self._reports.values())
+
+    def sequences(self) -> list[dict[str, Any]]:
+        """The admitted requests as plain data (docs/server.md)."""
+        return [_shown(admitted, self._reports[request_id]) for request_id, admitted in self._admitted.items()]
 
     @property
     def in_use(self) -> dict[str, int]:
@@ -385,6 +406,34 @@ def _tokens_to_store(settings: RequestSettings, evicted: int) -> int:
 
 def _kept_whole(prompt_len: int, reason: str) -> Report:
     return Report(prompt_len, kept=prompt_len, evicted=0, mode="full", reason=reason, stored=0)
+
+
+def _is_compacted(admitted: _Admitted) -> bool:
+    """Whether the step that compacts the sequence has been processed."""
+    record, request = admitted.record, admitted.request
+    assert record is not None
+    return request.num_computed_tokens - request.num_in_flight_tokens >= record.compaction_point
+
+
+def _shown(admitted: _Admitted, report: Report) -> dict[str, Any]:
+    request, record = admitted.request, admitted.record
+    prefill_end = record.compaction_point if record else request.num_prompt_tokens
+    recall = None
+    if record and record.calibrated:
+        recall = "pages" if record.recall else "all"
+    return {
+        "request_id": request.request_id,
+        "state": "prefill" if request.num_computed_tokens < prefill_end else "decode",
+        "prompt_tokens": report.prompt_tokens,
+        "outputs": request.num_output_tokens,
+        "kept": report.kept,
+        "evicted": report.evicted,
+        "mode": report.mode,
+        "reason": report.reason,
+        "policy": record.policy if record else None,
+        "recall": recall,
+        "swap_blocks": len(record.swap_blocks) if record else 0,
+    }
 
 
 def _in_prefill(admitted: _Admitted) -> bool:

@@ -1,7 +1,7 @@
 """A batch of single tokens may hold the last token of a prompt, and vLLM replays such a batch as decodes.
 
-A captured CUDA graph runs no Python, so it could not compact. Both runners choose a graph in one place each
-(`CudaGraphManager.dispatch` of V2, `CudagraphDispatcher.dispatch` of V1), and both are wrapped: while a prompt that will
+A captured CUDA graph runs no Python, so it could not compact. Both runners choose a graph in one place each, and both
+places are wrapped (`CudaGraphManager.dispatch` of V2, `CudagraphDispatcher.dispatch` of V1): while a prompt that is to
 be compacted is not complete, the batch is not a uniform decode, which leaves it piecewise graphs.
 """
 

@@ -4,6 +4,9 @@
 KV cache, and neither CUDA graphs (which record the addresses of our tensors) nor the scheduler (whose ledger needs the
 number) exist yet. `EngineCore._initialize_kv_caches` is wrapped around it, to see first that nothing is missing: no
 request has been served, and every module of the engine's side has been imported.
+
+`calidrop_stats` and `calidrop_change_defaults` are added to it: the API processes call them by name between two steps,
+through the engine client's utility calls. The defaults that the operator changes live here, with their version.
 """
 
 from __future__ import annotations
@@ -34,6 +37,9 @@ def install() -> None:
 def _wrap_engine(module: Any) -> None:
     EngineCore = module.EngineCore
     wrap_method(EngineCore, "_initialize_kv_caches", _check_first, ("self", "vllm_config"))
+    EngineCore.calidrop_settings = None
+    EngineCore.calidrop_stats = _stats
+    EngineCore.calidrop_change_defaults = _change_defaults
 
 
 def _wrap_executor(module: Any) -> None:
@@ -45,11 +51,16 @@ def _check_first(original: Callable[..., Any]) -> Callable[..., Any]:
         if not is_selected(vllm_config):
             return original(self, vllm_config, *args, **kwargs)
         from vllm_calidrop.cache import spec
+        from vllm_calidrop.defaults import VersionedSettings
+        from vllm_calidrop.settings import ServerSettings
         from vllm_calidrop.support import refuse_scheduler
 
         refuse_scheduler(vllm_config.scheduler_config.get_scheduler_cls())
         require_installed(_REQUIRED)
         spec.register()
+        self.calidrop_settings = VersionedSettings(
+            1, ServerSettings.from_additional_config(vllm_config.additional_config)
+        )
         kv_cache_config = original(self, vllm_config, *args, **kwargs)
         kv_cache_config.calidrop_pools = self.model_executor.calidrop_pools
         return kv_cache_config
@@ -67,3 +78,24 @@ def _allocate_pools(original: Callable[..., None]) -> Callable[..., None]:
             self.collective_rpc("calidrop_allocate", args=(self.calidrop_pools,))
 
     return initialize_from_config
+
+
+def _stats(self: Any) -> dict[str, Any]:
+    """This engine's numbers (docs/server.md), and the defaults in force. Called between steps: milliseconds."""
+    from vllm_calidrop.stats import engine_stats
+
+    return {
+        "stats": engine_stats(self.scheduler, self.scheduler.calidrop, getattr(self, "engine_index", 0)),
+        "defaults": self.calidrop_settings.as_dict(),
+    }
+
+
+def _change_defaults(self: Any, changes: dict[str, Any]) -> dict[str, Any]:
+    """The defaults with these changes, as version and names; `refused` instead where they cannot be used."""
+    from vllm_calidrop.settings import SettingsError
+
+    try:
+        self.calidrop_settings = self.calidrop_settings.changed(changes)
+    except SettingsError as error:
+        return {"refused": {"message": str(error), "field": error.field}}
+    return self.calidrop_settings.as_dict()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
+from vllm_calidrop.defaults import VersionedSettings
 from vllm_calidrop.hooks.on_import import when_imported
 from vllm_calidrop.hooks.wrap import wrap_method
 from vllm_calidrop.selection import is_selected
@@ -26,8 +27,24 @@ def install() -> None:
 
 def server_settings(input_processor: Any) -> ServerSettings | None:
     """The operator's settings of this engine; None when it does not use the CALIDROP backend."""
-    settings: ServerSettings | None = getattr(input_processor, _ATTRIBUTE, None)
-    return settings
+    versioned = versioned_settings(input_processor)
+    return versioned.settings if versioned is not None else None
+
+
+def versioned_settings(input_processor: Any) -> VersionedSettings | None:
+    """The same with the version of their defaults."""
+    versioned: VersionedSettings | None = getattr(input_processor, _ATTRIBUTE, None)
+    return versioned
+
+
+def apply_defaults(input_processor: Any, version: int, given: Mapping[str, Any]) -> VersionedSettings:
+    """From now on requests get these defaults, as the engine process has them. An older version changes nothing."""
+    versioned = versioned_settings(input_processor)
+    assert versioned is not None
+    if version > versioned.version:
+        versioned = versioned.at(version, given)
+        setattr(input_processor, _ATTRIBUTE, versioned)
+    return versioned
 
 
 def settings_or_400(asked: Mapping[str, Any], server: ServerSettings) -> RequestSettings:
@@ -58,7 +75,7 @@ def _reading_server_settings(original: Callable[..., Any]) -> Callable[..., Any]
     def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         server = None
         if is_selected(vllm_config):
-            server = ServerSettings.from_additional_config(vllm_config.additional_config)
+            server = VersionedSettings(1, ServerSettings.from_additional_config(vllm_config.additional_config))
         setattr(self, _ATTRIBUTE, server)
         original(self, vllm_config, *args, **kwargs)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from vllm_calidrop.attention.cuda.host_pool import PinnedSwapPool
 from vllm_calidrop.attention.cuda.plain_cache import PlainCache
 from vllm_calidrop.attention.prefill import PrefillRow, observe_window
+from vllm_calidrop.cache.layout import PAGE_TOKENS, SWAP_BLOCK_TOKENS
 from vllm_calidrop.calibration import attention_state
 from vllm_calidrop.policies import POLICIES, ScoreInputs, Selection
 from vllm_calidrop.policies.h2o import add_column_sums
@@ -61,7 +62,9 @@ def compact(
     )
     if record.calibrated:
         evicted_keys, evicted_values = _take(keys, selection.evicted), _take(values, selection.evicted)
-        pool.store(layer, record.swap_blocks, evicted_keys, evicted_values)
+        for part in pool.parts(record.swap_blocks, record.stored):
+            part.staging.copy_(_packed(evicted_keys[:, part.tokens], evicted_values[:, part.tokens], len(part.ids)))
+            pool.send(layer, part)
         query = last_query.view(keys.shape[0], -1, keys.shape[-1])
         table.put(layer, record.slot, query, attention_state(query, evicted_keys, evicted_values, scale))
     first = record.prompt_len - record.budget
@@ -72,3 +75,12 @@ def compact(
 def _take(tokens: Tensor, index: Tensor) -> Tensor:
     """[H, T, D] at per-head positions [H, n] -> [H, n, D]."""
     return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def _packed(keys: Tensor, values: Tensor, num_blocks: int) -> Tensor:
+    """Evicted KV [H, m, D] as swap blocks: [num_blocks, H, pages, 2, PAGE_TOKENS, D], zero beyond m."""
+    heads, tokens, head_dim = keys.shape
+    kv = keys.new_zeros((heads, 2, num_blocks * SWAP_BLOCK_TOKENS, head_dim))
+    kv[:, 0, :tokens] = keys
+    kv[:, 1, :tokens] = values
+    return kv.view(heads, 2, num_blocks, -1, PAGE_TOKENS, head_dim).permute(2, 0, 3, 1, 4, 5)

@@ -1,19 +1,40 @@
 """The swap pool of a GPU worker: pinned host memory that the device's kernels read in place.
 
 Registered once at start-up, for all of the server's life; torch's own pinning would round it up to a power of two.
-Evicted KV is written by copies on a stream of their own, from a staging tensor, so neither the blocks it came from nor
-the next layer waits for it. `join` makes the compute stream wait before anything that may read.
+Evicted KV goes by way of staging on the device: a kernel packs it there, on the compute stream, and copies on a stream
+of their own take it to the host in large runs. So neither the KV blocks it came from nor the next layer waits for the
+bus. There are two staging buffers; the compute stream waits, on the device, before it packs into one whose copies are
+not done, and (`join`) before a step that may read what was stored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vllm_calidrop.cache.layout import PAGE_TOKENS, SWAP_BLOCK_TOKENS
+from vllm_calidrop.cache.layout import SWAP_BLOCK_TOKENS
 from vllm_calidrop.cache.swap import SwapPool
+
+STAGING_BUFFERS = 2
+STAGING_BYTES = 64 * 2**20
+
+
+@dataclass
+class Part:
+    """Some swap blocks of one sequence and layer on their way to the host.
+
+    tokens: the evicted tokens they hold. staging: their place on the device, [blocks, H, pages, 2, PAGE_TOKENS, D].
+    ids: int32, 0, 1, ...: its blocks as `copy_evicted` numbers them. block_ids: where they go.
+    """
+
+    tokens: slice
+    staging: Tensor
+    ids: Tensor
+    block_ids: tuple[int, ...]
+    buffer: int
 
 
 class PinnedSwapPool(SwapPool):
@@ -31,30 +52,46 @@ class PinnedSwapPool(SwapPool):
         super().__init__(num_layers, num_blocks, num_kv_heads, head_dim, dtype)
         self.device_pages = self.pages
         self._stream: torch.cuda.Stream | None = None
-        self._written: torch.cuda.Event | None = None
         self._registered = False
         if device.type != "cpu":
             self.device_pages = self._pinned(device)
             self._stream = torch.cuda.Stream(device)
+        count = staging_blocks(num_blocks, num_kv_heads, head_dim, dtype)
+        self._staging = torch.zeros((STAGING_BUFFERS, count, *self.pages.shape[2:]), dtype=dtype, device=device)
+        self._ids = torch.arange(count, dtype=torch.int32, device=device)
+        self._copied: list[torch.cuda.Event | None] = [None] * STAGING_BUFFERS
+        self._next = 0
 
-    def store(self, layer: int, block_ids: tuple[int, ...], keys: Tensor, values: Tensor) -> None:
-        """Copy evicted KV [H, m, D] into blocks, on the pool's own stream."""
-        staging = packed(keys, values, len(block_ids))
+    def parts(self, block_ids: tuple[int, ...], tokens: int) -> Iterator[Part]:
+        """The blocks of `tokens` evicted tokens, as many at a time as fit a buffer. Fill each, then `send` it."""
+        most = self._staging.shape[1]
+        for first in range(0, len(block_ids), most):
+            some = block_ids[first : first + most]
+            buffer, self._next = self._next, (self._next + 1) % STAGING_BUFFERS
+            copied = self._copied[buffer]
+            if copied is not None:
+                torch.cuda.current_stream().wait_event(copied)
+            start = first * SWAP_BLOCK_TOKENS
+            end = min(tokens, start + len(some) * SWAP_BLOCK_TOKENS)
+            yield Part(slice(start, end), self._staging[buffer, : len(some)], self._ids[: len(some)], some, buffer)
+
+    def send(self, layer: int, part: Part) -> None:
+        """Copy a filled part to the host."""
         if self._stream is None:
-            self._copy(layer, block_ids, staging)
+            self._copy(layer, part)
             return
-        # After the compute stream: it makes the staging tensor, and may still read what the blocks held before.
+        # After the compute stream: it fills the buffer, and may still read what the blocks held before.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            self._copy(layer, block_ids, staging)
-            self._written = self._stream.record_event()
-        staging.record_stream(self._stream)
+            self._copy(layer, part)
+            self._copied[part.buffer] = self._stream.record_event()
 
     def join(self) -> None:
-        """From here on the compute stream sees everything that was stored."""
-        if self._written is not None:
-            torch.cuda.current_stream().wait_event(self._written)
-            self._written = None
+        """From here on the compute stream sees everything that was sent."""
+        for copied in self._copied:
+            if copied is not None:
+                torch.cuda.current_stream().wait_event(copied)
+        self._copied = [None] * STAGING_BUFFERS
 
     def close(self) -> None:
         """Wait for the copies, then give the memory back to the pageable world, in this order. Idempotent."""
@@ -67,9 +104,9 @@ class PinnedSwapPool(SwapPool):
         if int(error) != 0:
             raise RuntimeError(f"calidrop: the swap pool could not be unregistered: {error}")
 
-    def _copy(self, layer: int, block_ids: tuple[int, ...], staging: Tensor) -> None:
-        for at, first, count in runs(block_ids):
-            self.pages[layer, first : first + count].copy_(staging[at : at + count], non_blocking=True)
+    def _copy(self, layer: int, part: Part) -> None:
+        for at, first, count in runs(part.block_ids):
+            self.pages[layer, first : first + count].copy_(part.staging[at : at + count], non_blocking=True)
 
     def _pinned(self, device: torch.device) -> Tensor:
         if self.pages.numel() == 0:
@@ -101,14 +138,16 @@ class PinnedSwapPool(SwapPool):
         )
 
 
-def packed(keys: Tensor, values: Tensor, num_blocks: int) -> Tensor:
-    """Evicted KV [H, m, D] as swap blocks, contiguous: [num_blocks, H, pages, 2, PAGE_TOKENS, D], zero beyond m."""
-    heads, tokens, head_dim = keys.shape
-    kv = keys.new_zeros((heads, 2, num_blocks * SWAP_BLOCK_TOKENS, head_dim))
-    kv[:, 0, :tokens] = keys
-    kv[:, 1, :tokens] = values
-    kv = kv.view(heads, 2, num_blocks, -1, PAGE_TOKENS, head_dim)
-    return kv.permute(2, 0, 3, 1, 4, 5).contiguous()
+def staging_blocks(num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Swap blocks of one layer in a staging buffer: what STAGING_BYTES hold, at least one, at most the pool's."""
+    block = SwapPool.block_bytes(1, num_kv_heads, head_dim, dtype)
+    return min(num_blocks, max(1, STAGING_BYTES // block))
+
+
+def staging_bytes(num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of all staging buffers and their ids."""
+    count = staging_blocks(num_blocks, num_kv_heads, head_dim, dtype)
+    return count * (STAGING_BUFFERS * SwapPool.block_bytes(1, num_kv_heads, head_dim, dtype) + 4)
 
 
 def runs(block_ids: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:

@@ -1,0 +1,100 @@
+"""The routes under /calidrop (docs/server.md). They show and pass on; what a field means is decided elsewhere."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+from fastapi.responses import RedirectResponse
+from starlette.staticfiles import StaticFiles
+from vllm.version import __version__ as vllm_version
+
+from vllm_calidrop.hooks.input_processor import bad_request
+
+from .engines import Engines
+from .keys import admin, reader
+from .openapi import CHANGES_BODY, field_schemas
+
+PAGE = Path(__file__).parent / "static"
+
+router = APIRouter(prefix="/calidrop", tags=["calidrop"])
+
+
+def engines_of(request: Request) -> Engines:
+    engines: Engines | None = request.app.state.calidrop
+    if engines is None:
+        raise HTTPException(404, "The attention backend of this server is not calidrop")
+    return engines
+
+
+AnyEngines = Annotated[Engines, Depends(engines_of)]
+
+
+@router.get("/config", dependencies=[Depends(reader)], summary="Defaults, limits and sizes in force")
+async def config(request: Request, engines: AnyEngines) -> dict[str, Any]:
+    settings = engines.settings
+    vllm_config = engines.client.vllm_config
+    parallel = vllm_config.parallel_config
+    return {
+        "version": version("vllm-calidrop"),
+        "vllm": vllm_version,
+        "model": request.app.state.openai_serving_models.model_name(),
+        "max_model_len": vllm_config.model_config.max_model_len,
+        "block_size": vllm_config.cache_config.block_size,
+        "api_servers": parallel._api_process_count,
+        "data_parallel_size": parallel.data_parallel_size,
+        "tensor_parallel_size": parallel.tensor_parallel_size,
+        "defaults_version": settings.version,
+        "defaults": settings.resolved(),
+        "limits": settings.settings.limits(),
+        "fields": field_schemas(),
+        "admin": request.app.state.calidrop_keys.has_admin,
+        "refresh_seconds": engines.refresh_seconds,
+    }
+
+
+@router.get("/stats", dependencies=[Depends(reader)], summary="What lives now, and totals since the start")
+async def stats(engines: AnyEngines) -> dict[str, Any]:
+    reading = await engines.recent()
+    return {
+        "defaults_version": engines.settings.version,
+        "age_seconds": round(reading.age, 3),
+        "engines": reading.engines,
+    }
+
+
+@router.post(
+    "/defaults",
+    dependencies=[Depends(admin)],
+    summary="Change the defaults of requests",
+    openapi_extra=CHANGES_BODY,
+)
+async def change_defaults(request: Request, engines: AnyEngines) -> dict[str, Any]:
+    settings = await engines.change_defaults(await _object_of(request))
+    return {"defaults_version": settings.version, "defaults": settings.resolved()}
+
+
+async def _object_of(request: Request) -> dict[str, Any]:
+    """The body as it was sent: pydantic's models would turn a wrong type into something that fits."""
+    try:
+        body = json.loads(await request.body())
+    except ValueError:
+        raise bad_request("The body is not JSON", "body") from None
+    if not isinstance(body, dict):
+        raise bad_request("The body must be an object of kv_* fields", "body")
+    return body
+
+
+def attach_page(app: FastAPI) -> None:
+    """The static page, where it is installed."""
+    if not (PAGE / "index.html").is_file():
+        return
+
+    @app.get("/calidrop", include_in_schema=False)
+    async def page() -> RedirectResponse:
+        return RedirectResponse("calidrop/")
+
+    app.mount("/calidrop", StaticFiles(directory=PAGE, html=True))

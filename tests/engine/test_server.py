@@ -1,0 +1,242 @@
+"""calidrop-server as a user starts it: its routes, keys, documentation and defaults beside vLLM's own server."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.engine.conftest import CALIDROP_SERVER, serving
+from vllm_calidrop.settings import RequestSettings
+
+pytestmark = pytest.mark.engine
+
+KEY, ADMIN = {"Authorization": "Bearer reader"}, {"Authorization": "Bearer operator"}
+LONG = list(range(10, 310))
+BUDGET = 24
+COMPLETION: dict[str, Any] = {"prompt": LONG, "max_tokens": 6, "temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    log = tmp_path_factory.mktemp("calidrop-server") / "log"
+    options = ("--enforce-eager", "--api-key", "reader", "--calidrop-admin-key", "operator")
+    options += ("--calidrop-max-body-bytes", "100000")
+    with serving(log, *options, program=CALIDROP_SERVER) as base:
+        yield base
+    text = log.read_text()
+    assert "Traceback" not in text
+    assert "operator" not in text, "the admin key is not logged"
+
+
+@pytest.fixture(scope="module")
+def http(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, headers=KEY, timeout=120) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def model(http: httpx.Client) -> str:
+    return http.get("/v1/models").json()["data"][0]["id"]
+
+
+def complete(http: httpx.Client, model: str, **fields: Any) -> dict[str, Any]:
+    response = http.post("/v1/completions", json={"model": model} | COMPLETION | fields)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def refused(response: httpx.Response, status: int, field: str | None = None) -> str:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert error["code"] == status
+    assert error["param"] == field
+    return error["message"]
+
+
+def fresh_stats(http: httpx.Client) -> dict[str, Any]:
+    """Statistics read after this call: what is shown may be older."""
+    asked = time.monotonic()
+    while True:
+        stats = http.get("/calidrop/stats").json()
+        if time.monotonic() - stats["age_seconds"] > asked:
+            return stats
+        time.sleep(0.1)
+
+
+# Keys
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Authorization": ""}, {"Authorization": "Bearer wrong"}, {"Authorization": "reader"}]
+)
+@pytest.mark.parametrize(("method", "route"), [("GET", "config"), ("GET", "stats"), ("POST", "defaults")])
+def test_without_the_right_key(http: httpx.Client, method: str, route: str, headers: dict[str, str]) -> None:
+    response = http.request(method, f"/calidrop/{route}", headers=headers, content=b'{"kv_budget": 1}')
+    assert "Bearer KEY" in refused(response, 401)
+
+
+def test_an_api_key_changes_nothing_and_the_admin_key_reads(http: httpx.Client) -> None:
+    refused(http.post("/calidrop/defaults", json={"kv_budget": 1}), 401)
+    for route in ("config", "stats"):
+        assert http.get(f"/calidrop/{route}", headers=ADMIN).status_code == 200
+
+
+# What is shown
+
+
+def test_documentation_has_every_field(http: httpx.Client) -> None:
+    assert http.get("/docs").status_code == 200
+    document = http.get("/openapi.json").json()
+    for route in ("completions", "chat/completions", "chat/completions/batch", "responses"):
+        body = document["paths"][f"/v1/{route}"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        properties = document["components"]["schemas"][body["$ref"].rpartition("/")[2]]["properties"]
+        for name in RequestSettings.model_fields:
+            assert properties[name]["description"], name
+            assert {"type", "anyOf", "enum"} & set(properties[name]), name
+        assert properties["kv_theta1"]["minimum"] == -2
+        assert properties["kv_theta1"]["maximum"] == 2
+        assert properties["kv_theta1"]["default"] == 0.7
+        assert properties["kv_policy"]["enum"] == ["snapkv", "h2o", "streaming_llm", "full"]
+        assert properties["kv_budget"]["anyOf"][0] == {"type": "integer", "minimum": 1, "maximum": 2**31 - 1}
+    changes = document["paths"]["/calidrop/defaults"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert set(document["components"]["schemas"][changes["$ref"].rpartition("/")[2]]["properties"]) == set(
+        RequestSettings.model_fields
+    )
+
+
+def test_config(http: httpx.Client, model: str) -> None:
+    config = http.get("/calidrop/config").json()
+    assert config["model"] == model
+    assert config["max_model_len"] == 1152
+    assert config["block_size"] == 32
+    assert config["admin"] is True
+    assert config["defaults"] == RequestSettings().to_record()
+    assert config["fields"].keys() == config["defaults"].keys()
+
+
+def test_stats_while_a_request_runs_and_after(http: httpx.Client, model: str) -> None:
+    before = fresh_stats(http)["engines"][0]
+    assert before["sequences"] == []
+    body = {"model": model, **COMPLETION, "max_tokens": 840, "kv_budget": BUDGET, "stream": True}
+    with http.stream("POST", "/v1/completions", json=body) as response:
+        lines = (line.removeprefix("data: ") for line in response.iter_lines() if line)
+        request_id = json.loads(next(lines))["id"]
+        next(lines)
+        during = fresh_stats(http)["engines"][0]
+        *_, last, done = lines  # the engine does not wait for a reader
+    assert done == "[DONE]"
+    (report,) = json.loads(last)["calidrop"]
+    (sequence,) = during["sequences"]
+    assert sequence["request_id"].startswith(request_id)
+    assert 0 < sequence.pop("outputs") < 840
+    assert sequence | {"request_id": ""} == {
+        "request_id": "", "state": "decode", "prompt_tokens": 300, "kept": BUDGET, "evicted": 300 - BUDGET,
+        "mode": "calidrop", "reason": None, "policy": "snapkv", "recall": "all", "swap_blocks": 3,
+    }  # fmt: skip
+    assert during["swap"]["used_blocks"] == 3
+    assert during["kv_blocks"]["used"] >= 1
+    assert during["kv_blocks"]["freed_total"] - before["kv_blocks"]["freed_total"] == (300 - BUDGET) // 32
+
+    after = fresh_stats(http)["engines"][0]
+    assert after["sequences"] == []
+    assert after["swap"]["used_blocks"] == after["kv_blocks"]["used"] == 0
+    for name, per_layer in after["layers"].items():
+        own = [now - then for now, then in zip(per_layer, before["layers"][name], strict=True)]
+        assert own == report["layers"][name]
+    assert after["totals"]["bytes_in"] - before["totals"]["bytes_in"] == report["bytes_read"]
+
+
+def test_totals_are_the_sums_of_the_reports(http: httpx.Client, model: str) -> None:
+    before = fresh_stats(http)["engines"][0]
+    settings: list[dict[str, Any]] = [
+        {"kv_budget": 40},
+        {"kv_budget": 50, "kv_calibration": False},
+        {"kv_budget": 64, "kv_recall": "pages", "n": 2, "temperature": 1},
+        {"kv_budget": 100, "max_tokens": 1},
+        {},
+    ]
+    reports = [report for fields in settings for report in complete(http, model, **fields)["calidrop"]]
+    after = fresh_stats(http)["engines"][0]
+
+    def gained(total: str) -> Any:
+        return after["totals"][total] - before["totals"][total]
+
+    compacted = [report for report in reports if report["mode"] != "full"]
+    assert gained("kept_tokens") == sum(report["kept"] for report in compacted)
+    assert gained("evicted_tokens") == sum(report["evicted"] for report in compacted)
+    assert gained("bytes_in") == sum(report["bytes_read"] for report in compacted)
+    token_bytes = after["swap"]["block_bytes"] // 128
+    stored = sum(report["evicted"] for report in compacted if report["mode"] == "calidrop")
+    assert gained("bytes_out") == stored * token_bytes
+    modes = [report["mode"] for report in reports]
+    for mode, count in after["totals"]["requests_by_mode"].items():
+        assert count - before["totals"]["requests_by_mode"][mode] == modes.count(mode)
+    for name, per_layer in after["layers"].items():
+        assert sum(per_layer) - sum(before["layers"][name]) == sum(report[name] for report in reports)
+
+
+# Changing the defaults
+
+
+def test_defaults_change_for_the_next_request(http: httpx.Client, model: str) -> None:
+    start = http.get("/calidrop/config").json()
+    assert complete(http, model)["calidrop"][0]["mode"] == "full"
+    changed = http.post("/calidrop/defaults", json={"kv_budget": 50, "kv_theta2": 0.9}, headers=ADMIN).json()
+    try:
+        assert changed["defaults_version"] == start["defaults_version"] + 1
+        assert changed["defaults"] == start["defaults"] | {
+            "kv_budget": 50,
+            "kv_theta2": 0.9,
+            "kv_window": 25,
+            "kv_sinks": 25,
+        }
+        assert complete(http, model)["calidrop"][0]["kept"] == 50
+        assert complete(http, model, kv_budget=60)["calidrop"][0]["kept"] == 60
+        assert complete(http, model, kv_budget=None)["calidrop"][0]["mode"] == "full"
+        assert http.get("/calidrop/config").json()["defaults"] == changed["defaults"]
+    finally:
+        back = http.post("/calidrop/defaults", json={"kv_budget": None, "kv_theta2": None}, headers=ADMIN).json()
+    assert back["defaults_version"] == changed["defaults_version"] + 1
+    assert back["defaults"] == start["defaults"]
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ('{"kv_budget": 0}', "kv_budget"),
+        ('{"kv_budget": "64"}', "kv_budget"),
+        ('{"kv_budget": 50, "kv_theta1": 0.9}', "kv_theta1"),
+        ('{"kv_theta1": NaN}', "kv_theta1"),
+        ('{"kv_theta1": 1e999}', "kv_theta1"),
+        (f'{{"kv_budget": {10**400}}}', "kv_budget"),
+        ('{"kv_unknown": 1}', "kv_unknown"),
+        ('{"swap_bytes": 1}', "swap_bytes"),
+        ('["kv_budget"]', "body"),
+        ("{", "body"),
+        ("", "body"),
+        ("\udcff", "body"),
+    ],
+)
+def test_bad_defaults_change_nothing(http: httpx.Client, body: str, field: str) -> None:
+    before = http.get("/calidrop/config").json()
+    sent = http.post("/calidrop/defaults", content=body.encode(errors="surrogateescape"), headers=ADMIN)
+    assert field in refused(sent, 400, field)
+    assert http.get("/calidrop/config").json() == before
+
+
+# Bodies
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("route", ["/v1/completions", "/calidrop/defaults"])
+def test_a_body_that_is_too_large(http: httpx.Client, route: str, chunked: bool) -> None:
+    body = b'{"prompt": "' + b"a" * 100_000 + b'"}'
+    content = iter([body[:50_000], body[50_000:]]) if chunked else body
+    headers = ADMIN if "calidrop" in route else KEY
+    response = http.post(route, content=content, headers=headers | {"content-type": "application/json"})
+    assert "100000 bytes" in refused(response, 413)

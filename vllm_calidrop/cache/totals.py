@@ -1,0 +1,79 @@
+"""What one engine has done since it started: the cumulative numbers behind its metrics. Kept by the ledger."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vllm_calidrop.records import COUNTERS, SequenceRecord
+
+if TYPE_CHECKING:
+    from vllm_calidrop.cache.ledger import Report, Shape
+
+MODES = ("calidrop", "evict", "full")
+FALLBACK_REASONS = ("swap_full", "recall_full")
+
+
+class Totals:
+    """Requests count once, at their first admission or compaction; a preemption adds to the work that was done.
+
+    layers: int64 [layers, COUNTERS] of requests that have ended; those that live are added when somebody asks.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        self._shape = shape
+        self.by_mode = dict.fromkeys(MODES, 0)
+        self.fallbacks = dict.fromkeys(FALLBACK_REASONS, 0)
+        self.swap_waits = 0
+        self.kept_tokens = 0
+        self.evicted_tokens = 0
+        self.kv_blocks_freed = 0
+        self.bytes_out = 0
+        self.bytes_in = 0
+        self.layers = np.zeros((shape.num_layers, len(COUNTERS)), dtype=np.int64)
+
+    def admitted(self, report: Report) -> None:
+        """An admission stands."""
+        if report.reason in FALLBACK_REASONS:
+            self.fallbacks[report.reason] += 1
+        if not report.counted:
+            report.counted = True
+            self.by_mode[report.mode] += 1
+
+    def compacted(self, record: SequenceRecord, report: Report) -> None:
+        """The step that compacted a prompt has been processed."""
+        shape = self._shape
+        heads = shape.num_kv_heads * shape.num_layers * shape.ranks
+        self.bytes_out += record.stored * heads * shape.kv_bytes_per_token
+        if not report.compacted:
+            report.compacted = True
+            self.kept_tokens += report.kept
+            self.evicted_tokens += report.evicted
+
+    def ended(self, report: Report) -> None:
+        """A request is no longer known to vLLM."""
+        self.bytes_in += report.bytes_read(self._shape)
+        counts = report.counts
+        if counts is not None:
+            self.layers += counts
+
+    def as_dict(self, living: list[Report]) -> dict[str, Any]:
+        """The totals with the work of the requests that live now; `layers` apart, as it is shown apart."""
+        return {
+            "kept_tokens": self.kept_tokens,
+            "evicted_tokens": self.evicted_tokens,
+            "bytes_out": self.bytes_out,
+            "bytes_in": self.bytes_in + sum(report.bytes_read(self._shape) for report in living),
+            "requests_by_mode": dict(self.by_mode),
+            "fallbacks_by_reason": dict(self.fallbacks),
+            "swap_waits": self.swap_waits,
+        }
+
+    def layers_with(self, living: list[Report]) -> dict[str, list[int]]:
+        """Per counter a list over layers."""
+        counts = self.layers.copy()
+        for report in living:
+            if (own := report.counts) is not None:
+                counts += own
+        return dict(zip(COUNTERS, counts.T.tolist(), strict=True))
