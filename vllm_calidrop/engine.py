@@ -9,7 +9,7 @@ import psutil
 
 from vllm_calidrop.cache.ledger import Ledger, Shape
 from vllm_calidrop.cache.spec import CaliDropSpec
-from vllm_calidrop.flavour import uses_cuda_flavour
+from vllm_calidrop.flavour import is_on_gpu, uses_cuda_flavour
 from vllm_calidrop.memory import (
     ModelShape,
     PoolSizes,
@@ -89,6 +89,8 @@ def size_pools(vllm_config: Any, kv_cache_config: Any) -> PoolSizes:
         )
     blocks = int(swap // swap_block_bytes(shape))
     sketch_blocks, buffer_pages = recall_pools(kv_pool, blocks, shape, _num_slots(vllm_config), settings)
+    if uses_cuda_flavour():  # recall by pages is refused there (support.py)
+        sketch_blocks = buffer_pages = 0
     ours = footprint(shape, _num_slots(vllm_config), settings)
     logger.info(
         "CaliDrop: swap pool %.2f GiB (%d blocks) per rank, KV pool %.2f GiB, state table %.1f MiB, "
@@ -114,6 +116,12 @@ def leave_room(vllm_config: Any, worker: Any, available: int) -> int:
 
     A KV pool of fixed size is not shrunk: the sum is checked instead.
     """
+    if is_on_gpu():
+        from vllm_calidrop.attention.cuda.room import leave_room_on_device
+
+        return leave_room_on_device(
+            _shape_of_runner(worker), _num_slots(vllm_config), _settings(vllm_config), vllm_config, available
+        )
     shape, settings, num_slots = _shape_of_runner(worker), _settings(vllm_config), _num_slots(vllm_config)
     ours = footprint(shape, num_slots, settings).total
     ours += recall_pool_bytes(recall_pools(max(0, available - ours), None, shape, num_slots, settings), shape)

@@ -23,5 +23,12 @@ def uses_cuda_flavour() -> bool:
     return bool(chosen)
 
 
+def is_on_gpu() -> bool:
+    """Whether the KV cache lies in memory of its own, not in the host's."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cuda())
+
+
 def is_experimental_accepted() -> bool:
     return os.environ.get(EXPERIMENTAL_VARIABLE) == "1"

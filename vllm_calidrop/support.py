@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_calidrop.selection import BACKEND_NAME
+
+if TYPE_CHECKING:
+    from vllm_calidrop.settings import RequestSettings
 
 logger = logging.getLogger("vllm.calidrop")
 
@@ -65,6 +68,27 @@ def refuse_platform() -> None:
             ]
         )
     logger.warning("CaliDrop: the CUDA backend has not been run on a GPU by its authors yet (docs/gpu.md)")
+
+
+# What a request may not ask for on CUDA, where everything is done by kernels: the values that are there yet.
+CUDA_VALUES: dict[str, tuple[Any, ...]] = {
+    "kv_recall": ("all",),
+    "kv_codec": ("none",),
+    "kv_read_budget": (None,),
+}
+
+
+def refuse_settings(settings: RequestSettings) -> None:
+    """Raise SettingsError, naming the field, for a request whose settings this platform has no kernels for."""
+    from vllm_calidrop.flavour import uses_cuda_flavour
+    from vllm_calidrop.settings import SettingsError
+
+    if not settings.calibrates or not uses_cuda_flavour():
+        return
+    for name, values in CUDA_VALUES.items():
+        value = getattr(settings, name, values[0])
+        if value not in values:
+            raise SettingsError(f"{name} ({value}) is not supported on CUDA yet", name, value=value)
 
 
 def refuse_scheduler(scheduler: type) -> None:

@@ -52,12 +52,13 @@ def _check(original: Callable[..., None]) -> Callable[..., None]:
     def check_and_update_config(cls: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         original(cls, vllm_config, *args, **kwargs)
         if is_selected(vllm_config):
-            from vllm_calidrop.settings import ServerSettings
-            from vllm_calidrop.support import refuse_config, refuse_platform
+            from vllm_calidrop.settings import ServerSettings, resolve_request
+            from vllm_calidrop.support import refuse_config, refuse_platform, refuse_settings
 
             require_awaited_modules()
             refuse_platform()
             refuse_config(vllm_config)
-            ServerSettings.from_additional_config(vllm_config.additional_config)
+            server = ServerSettings.from_additional_config(vllm_config.additional_config)
+            refuse_settings(resolve_request({}, server))
 
     return check_and_update_config

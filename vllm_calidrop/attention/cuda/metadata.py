@@ -47,24 +47,23 @@ class CaliDropCudaMetadataBuilder(TritonAttentionMetadataBuilder):
         worker = self._worker()
         if worker is None:  # vLLM measures memory: nothing of ours exists yet
             return CaliDropCudaMetadata(super().build(common_prefix_len, cam, fast_build), None, [])
+        # A replayed graph reads the step table and vLLM's buffers; what is returned here is for batches that run.
         num_mine, prefills = self._write_step(worker, cam)
-        decode = worker.step.rows(cam.num_reqs, cam.block_table_tensor)
-        if self._replays_graphs:
-            return CaliDropCudaMetadata(self._whole(worker, cam), decode, prefills)
         if num_mine == 0:
             return CaliDropCudaMetadata(super().build(common_prefix_len, cam, fast_build), None, prefills)
-        return CaliDropCudaMetadata(self._whole(worker, cam) if num_mine < cam.num_reqs else None, decode, prefills)
+        stock = self._whole(worker, cam) if num_mine < cam.num_reqs else None
+        return CaliDropCudaMetadata(stock, worker.step.rows(cam.num_reqs, cam.block_table_tensor), prefills)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> CaliDropCudaMetadata:
         """For a batch of any content: every row may be ours. Captured with none, as vLLM captures with length 1."""
-        worker = self._worker()
+        cam, worker = common_attn_metadata, self._worker()
         if worker is None:
-            return CaliDropCudaMetadata(super().build_for_cudagraph_capture(common_attn_metadata), None, [])
-        cam = common_attn_metadata
-        worker.step.clear()
-        stock = self._whole(worker, cam)
+            stock, decode = super().build(0, cam), None
+        else:
+            worker.step.clear()
+            stock, decode = self._whole(worker, cam), worker.step.rows(cam.num_reqs, cam.block_table_tensor)
         stock.seq_lens.fill_(1)
-        return CaliDropCudaMetadata(stock, worker.step.rows(cam.num_reqs, cam.block_table_tensor), [])
+        return CaliDropCudaMetadata(stock, decode, [])
 
     @property
     def _replays_graphs(self) -> bool:
