@@ -56,7 +56,7 @@ FALLBACKS = Metric(
 REFUSED = Metric(
     "requests_refused",
     "counter",
-    "Requests answered with an error, by reason: invalid (400), limit (400, outside the operator's), "
+    "Requests that this backend refused, by reason: invalid (400), limit (400, outside the operator's), "
     "never_fits (400, would wait for ever) or swap_full (503, kv_on_full: reject).",
     (MODEL, "reason"),
 )
@@ -95,7 +95,7 @@ SIMILARITY = Metric(
     "similarity",
     "histogram",
     "Cosine similarity of a decode query to the query its stored state was computed with, one per decision.",
-    buckets=(-0.5, 0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98, 1.0),
+    buckets=(0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98, 1.0),
 )
 DEFAULTS_VERSION = Metric(
     "defaults_version", "gauge", "Version of the server defaults in force; rises with every change.", (MODEL,)

@@ -22,6 +22,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from vllm_calidrop.attention.ops import triton as ops
+from vllm_calidrop.cache.layout import PAGE_TOKENS, PAGES_PER_BLOCK
+from vllm_calidrop.records import COUNTERS
+
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 CAPABILITIES = (80, 90)
 # A block's shared memory at most, bytes: A100 (sm_80) and H100 (sm_90).
@@ -94,3 +98,83 @@ def resources(launch: Launch, capability: int) -> Resources:
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()  # type: ignore[union-attr]
     return Resources(kernel.__name__, capability, int(registers), int(stack), int(compiled.metadata.shared))
+
+
+class ModelShape(NamedTuple):
+    """group: query heads per KV head. The named ones are those of the models in `SHAPES`."""
+
+    kv_heads: int
+    group: int
+    head_dim: int
+
+
+SHAPES = {
+    "Llama-2-7B": ModelShape(32, 1, 128),
+    "Llama-3-8B": ModelShape(8, 4, 128),
+    "Llama-3.2-1B": ModelShape(8, 4, 64),
+    "Phi-3-mini": ModelShape(32, 1, 96),
+    "Gemma-7B": ModelShape(16, 1, 256),
+    "Falcon-like, 16 heads a group": ModelShape(8, 16, 128),
+    "16 heads a group, head_dim 256": ModelShape(8, 16, 256),
+}
+
+
+def all_launches(shape: ModelShape, dtype: torch.dtype = torch.bfloat16, rows: int = 8) -> list[Launch]:
+    """Every kernel as the launch functions call it for vLLM's CUDA cache (token-major, blocks of 16), int32 tables."""
+    kv_heads, group, head_dim = shape
+    heads = kv_heads * group
+
+    def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    def integers(*size: int) -> Tensor:
+        return empty(*size, dtype=torch.int32)
+
+    cache = ops.KVCache(*empty(64, 16, kv_heads, 2 * head_dim, dtype=dtype).transpose(1, 2).split(head_dim, -1))
+    pages = empty(64, kv_heads, PAGES_PER_BLOCK, 2, PAGE_TOKENS, head_dim, dtype=dtype)
+    slots, layers = 16, 32
+    state = ops.State(
+        empty(slots, kv_heads, group, head_dim, dtype=dtype), empty(slots, kv_heads, group, head_dim),
+        empty(slots, kv_heads, group), empty(slots, layers, len(COUNTERS), dtype=torch.int64)[:, 0],
+    )  # fmt: skip
+    table = ops.Rows(integers(rows), integers(rows), integers(rows), integers(rows, 512))
+    sequences = ops.Sequences(
+        integers(slots), integers(slots), empty(slots), empty(slots), integers(slots), integers(slots, 64)
+    )
+    splits = ops.splits_for(rows, kv_heads)
+    scratch = ops.view_scratch(ops.make_scratch(rows, kv_heads, group, head_dim, "meta"), rows, *shape, splits)
+    query, out = empty(rows, heads, head_dim, dtype=dtype), empty(rows, heads, head_dim, dtype=dtype)
+    blocks, scale = integers(512), head_dim**-0.5
+    positions = empty(kv_heads, 1024, dtype=torch.int64)
+    moved = empty(2, kv_heads, 1024, head_dim, dtype=dtype)
+    one = ops.view_scratch(ops.make_scratch(1, *shape, "meta"), 1, *shape)
+    window = empty(32, heads, head_dim, dtype=dtype)
+    sums = empty(kv_heads, 8192)
+
+    def call() -> None:
+        ops.decode_step(query, out, cache, pages, table, sequences, state, scratch, scale)
+        ops.add_column_sums(
+            sums, window, cache, blocks, 4096, scale, empty(ops.score_scratch_elements(32, kv_heads, group))
+        )
+        ops.copy_evicted(cache, blocks, positions, pages, integers(64))
+        ops.calibrate(query[0], cache, blocks, positions, state, 0, one, scale)
+        ops.gather_kept(cache, blocks, positions, moved)
+        ops.scatter_kept(cache, blocks, 3072, moved)
+
+    return launches(call)
+
+
+def main() -> None:
+    print(f"{'model shape':32}{'kernel':24}{'sm':>4}{'registers':>11}{'spilled B':>11}{'shared KiB':>12}")
+    for name, shape in SHAPES.items():
+        for launch in all_launches(shape):
+            for capability in CAPABILITIES:
+                found = resources(launch, capability)
+                print(
+                    f"{name:32}{found.kernel:24}{capability:>4}{found.registers:>11}{found.stack:>11}"
+                    f"{found.shared / 1024:>12.1f}"
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -11,11 +11,10 @@ from torch import Tensor
 from vllm_calidrop.attention.ops.triton import (
     KVCache,
     Rows,
+    Scratch,
     Sequences,
     State,
     decode_step,
-    make_scratch,
-    view_scratch,
 )
 from vllm_calidrop.cache.layout import SWAP_BLOCK_TOKENS
 from vllm_calidrop.cache.swap import SwapPool
@@ -147,14 +146,16 @@ class Result(NamedTuple):
     table: StateTable
 
 
-def run(case: Case, splits: int = 2, dirt: float = torch.nan) -> Result:
+def dirty_scratch(rows: int, heads: int, head_dim: int, splits: int) -> Scratch:
+    states = [torch.full((rows, heads, splits, *rest), torch.nan) for rest in ((head_dim,), ()) * 2]
+    return Scratch(*states, torch.full((rows, heads), 77, dtype=torch.int32))
+
+
+def run(case: Case, splits: int = 2) -> Result:
     """Through the kernels; scratch and answer are dirty before."""
     kv_heads, group, head_dim = case.shape[:3]
     num_rows = len(case.rows.slot)
-    flat = make_scratch(num_rows, kv_heads, group, head_dim, "cpu")
-    for tensor in flat:
-        tensor.fill_(dirt if tensor.is_floating_point() else 77)
-    scratch = view_scratch(flat, num_rows, kv_heads, group, head_dim, splits)
+    scratch = dirty_scratch(num_rows, kv_heads * group, head_dim, splits)
     table = copy_of(case.table)
     out = torch.full_like(case.query, torch.inf, dtype=torch.float32)
     lse = torch.full((num_rows, kv_heads * group), torch.inf)

@@ -142,6 +142,22 @@ def test_extreme_thresholds(thresholds: tuple[float, float], group: int) -> None
     assert_same(Case("vec", 32, torch.float32, group, 64, thresholds=thresholds))
 
 
+@pytest.mark.parametrize("op", [cpu.decode, native.decode])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_reads_and_writes_where_the_batch_lies(op: decode.DecodeOp, dtype: torch.dtype) -> None:
+    """Queries inside a wider tensor, as Q, K and V of a model lie; the output in their dtype, rounded as torch does."""
+    case = Case("vec", 32, dtype, 4, 64)
+    expected, _ = case.run(op)
+    wide = torch.randn((len(case.queries), 2 * case.queries[0].numel())).to(dtype)
+    wide[:, : case.queries[0].numel()] = case.queries.flatten(1)
+    case.queries = wide[:, : case.queries[0].numel()].view(case.queries.shape)
+    batch = torch.full((len(expected) + 2, *expected.shape[1:]), 7.0, dtype=dtype)
+    out, _ = case.run(op, out=batch[1:-1])
+    assert out.data_ptr() == batch[1].data_ptr()
+    assert torch.equal(out, expected.to(dtype))
+    assert (batch[[0, -1]] == 7).all()
+
+
 def test_no_row_is_calibrated() -> None:
     assert_same(Case("vec", 32, torch.float32, 4, 64, stored=(0,)))
 

@@ -47,21 +47,32 @@ class DecodeRows:
     native: Any = None
 
     @cached_property
+    def places(self) -> Tensor | slice:
+        """`tokens` as an index."""
+        return places(self.tokens.numpy())
+
+    @cached_property
     def valid(self) -> Tensor:
         """bool [N, C * block_size]: the attended tokens."""
         position = torch.arange(self.blocks.shape[1] * self.block_size)
         return (position >= self.start[:, None]) & (position < self.end[:, None])
 
 
+def places(tokens: np.ndarray) -> Tensor | slice:
+    """Ascending tokens of a batch as an index: a slice where they are neighbours, so that nothing is copied."""
+    first, last = int(tokens[0]), int(tokens[-1])
+    return slice(first, last + 1) if last - first + 1 == len(tokens) else torch.from_numpy(tokens)
+
+
 @dataclass
 class CaliDropMetadata:
     """One step. stock: vLLM's metadata for the rows its own operator serves, None if there are none.
 
-    stock_tokens: int64, those rows' tokens in the batch; None if they are the whole batch.
+    stock_tokens: those rows' tokens in the batch, an index as `places` makes it; None if they are the whole batch.
     """
 
     stock: CPUAttentionMetadata | None
-    stock_tokens: Tensor | None
+    stock_tokens: Tensor | slice | None
     decode: DecodeRows | None
     prefills: list[PrefillRow]
 
@@ -162,7 +173,7 @@ class CaliDropMetadataBuilder(CPUAttentionMetadataBuilder):
         starts: np.ndarray,
         lengths: np.ndarray,
         num_rows: int,
-    ) -> tuple[CPUAttentionMetadata | None, Tensor | None]:
+    ) -> tuple[CPUAttentionMetadata | None, Tensor | slice | None]:
         if len(rows) == num_rows:
             return super().build(common_prefix_len, cam, fast_build), None
         if len(rows) == 0:
@@ -171,7 +182,7 @@ class CaliDropMetadataBuilder(CPUAttentionMetadataBuilder):
         # A row's tokens are consecutive: its first one, plus 0, 1, ... within the row.
         counts = lengths[rows]
         within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
-        tokens = torch.from_numpy(np.repeat(starts[rows], counts) + within)
+        tokens = places(np.repeat(starts[rows], counts) + within)
         query_start_loc = torch.zeros(len(rows) + 1, dtype=cam.query_start_loc.dtype)
         query_start_loc[1:] = torch.from_numpy(lengths[rows]).cumsum(0)
         seq_lens = cam.seq_lens[row_index]
@@ -180,7 +191,7 @@ class CaliDropMetadataBuilder(CPUAttentionMetadataBuilder):
             query_start_loc_cpu=query_start_loc,
             seq_lens=seq_lens,
             num_reqs=len(rows),
-            num_actual_tokens=len(tokens),
+            num_actual_tokens=len(within),
             max_query_len=int(lengths[rows].max()),
             max_seq_len=int(seq_lens.max()),
             block_table_tensor=cam.block_table_tensor[row_index],

@@ -287,6 +287,10 @@ class Ledger:
         return [_shown(admitted, self._reports[request_id]) for request_id, admitted in self._admitted.items()]
 
     @property
+    def num_free_slots(self) -> int:
+        return len(self._free_slots)
+
+    @property
     def in_use(self) -> dict[str, int]:
         """What is not free; all zero when no request lives."""
         return {

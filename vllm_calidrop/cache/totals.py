@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vllm_calidrop.metrics import COMPACTION_SECONDS, SIMILARITY
 from vllm_calidrop.records import COUNTERS, SequenceRecord
 
 if TYPE_CHECKING:
@@ -69,6 +70,10 @@ class Totals:
             "fallbacks_by_reason": dict(self.fallbacks),
             "swap_waits": self.swap_waits,
         }
+
+    def histograms(self) -> dict[str, tuple[list[int], float]]:
+        """By metric: how many per bucket (one more than bounds), and the sum of all."""
+        return {metric.name: ([0] * (len(metric.buckets) + 1), 0.0) for metric in (COMPACTION_SECONDS, SIMILARITY)}
 
     def layers_with(self, living: list[Report]) -> dict[str, list[int]]:
         """Per counter a list over layers."""

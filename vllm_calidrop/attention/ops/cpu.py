@@ -26,8 +26,9 @@ def decode(
     table: StateTable,
     scale: float,
     lse: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Algorithm 2 for all rows of one layer. queries: [N, Hq, D]; returns float32 [N, Hq, D].
+    """Algorithm 2 for all rows of one layer. queries: [N, Hq, D]; returns [N, Hq, D]: `out` if given, else float32.
 
     lse: float32 [N, Hq], filled with the log-sum-exp of all that was attended if given.
     """
@@ -42,7 +43,8 @@ def decode(
         state.out[mine], state.lse[mine] = calibrated.out, calibrated.lse
     if lse is not None:
         lse.copy_(state.lse.flatten(1))
-    return state.out.reshape(num_rows, num_heads, head_dim)
+    attended = state.out.reshape(num_rows, num_heads, head_dim)
+    return attended if out is None else out.copy_(attended)
 
 
 def add_column_sums(

@@ -1,10 +1,14 @@
 """The GPU operators in Triton (docs/gpu.md). Nothing of vLLM: `contract.py` says what they are called with.
 
-Decode: `decode_step` = `decode_kept`, `reload_evicted`, `merge_row`. Under TRITON_INTERPRET=1 they run on CPU tensors.
+A decode step of a layer: `decode_step` = (a) `decode_kept`, (b) `reload_evicted`, (c) `merge_row`. A prompt: (d)
+`add_column_sums` scores it; (e) `copy_evicted`, `calibrate`, `gather_kept`, `scatter_kept` compact it, in this order.
+Under TRITON_INTERPRET=1 they run on CPU tensors.
 """
 
 from __future__ import annotations
 
+from vllm_calidrop.attention.ops.triton.calibrate import calibrate
+from vllm_calidrop.attention.ops.triton.compact import copy_evicted, gather_kept, scatter_kept
 from vllm_calidrop.attention.ops.triton.contract import (
     KVCache,
     Rows,
@@ -19,6 +23,7 @@ from vllm_calidrop.attention.ops.triton.contract import (
 from vllm_calidrop.attention.ops.triton.decode import decode_kept
 from vllm_calidrop.attention.ops.triton.merge import merge_row
 from vllm_calidrop.attention.ops.triton.reload import reload_evicted
+from vllm_calidrop.attention.ops.triton.score import add_column_sums, score_scratch_elements
 from vllm_calidrop.attention.ops.triton.step import decode_step
 
 __all__ = [
@@ -27,11 +32,17 @@ __all__ = [
     "Scratch",
     "Sequences",
     "State",
+    "add_column_sums",
+    "calibrate",
+    "copy_evicted",
     "decode_kept",
     "decode_step",
+    "gather_kept",
     "make_scratch",
     "merge_row",
     "reload_evicted",
+    "scatter_kept",
+    "score_scratch_elements",
     "scratch_bytes",
     "splits_for",
     "view_scratch",

@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 # Values of the decision buffer.
@@ -96,8 +97,9 @@ class Scratch(NamedTuple):
     decision: Tensor
 
 
-# Programs that keep a large GPU busy, and the most splits of one (row, KV head) pair, whatever the batch.
-PROGRAMS = 512
+# Programs that keep a large GPU busy (the interpreter runs them one after the other), and the most splits of one (row,
+# KV head) pair, whatever the batch.
+PROGRAMS = 8 if triton.knobs.runtime.interpret else 512
 MAX_SPLITS = 32
 
 

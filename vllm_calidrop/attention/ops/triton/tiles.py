@@ -8,8 +8,8 @@ from typing import NamedTuple
 class Tiles(NamedTuple):
     """m: query heads of a group (at least the 16 a tensor core takes), d: head_dim, both powers of two; n: tokens.
 
-    registers: the most a thread may have; None: as the assembler likes. Left alone at D = 128 it aims at an occupancy
-    that the shared memory does not allow, and spills for it.
+    registers: the most a thread may have; None: as the assembler likes. Left alone at head_dim 128 it aims at an
+    occupancy that the shared memory does not allow, and spills for it.
     """
 
     m: int
@@ -33,5 +33,5 @@ def tiles_for(group: int, head_dim: int) -> Tiles:
         d=d,
         warps=4,
         stages=3 if d <= 128 else 2,
-        registers=128 if d == 128 else None,
+        registers=128 if head_dim == 128 else None,
     )
