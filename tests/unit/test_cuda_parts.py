@@ -17,11 +17,12 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from vllm_calidrop.attention.cuda import host_pool
 from vllm_calidrop.attention.cuda.backend import CaliDropCudaBackend
 from vllm_calidrop.attention.cuda.host_pool import PinnedSwapPool, runs, staging_bytes
-from vllm_calidrop.attention.cuda.plain_cache import PlainCache
+from vllm_calidrop.attention.cuda.kv_cache import kv_views
+from vllm_calidrop.attention.cuda.room import RANKING_BYTES, compaction_bytes, device_bytes, leave_room_on_device
 from vllm_calidrop.attention.cuda.worker import CaliDropCudaWorker
 from vllm_calidrop.cache.layout import SWAP_BLOCK_TOKENS, swap_blocks_for
 from vllm_calidrop.memory import ModelShape, PoolSizes
-from vllm_calidrop.settings import RequestSettings, SettingsError
+from vllm_calidrop.settings import RequestSettings, ServerSettings, SettingsError
 from vllm_calidrop.support import refuse_settings
 
 CPU = torch.device("cpu")
@@ -68,22 +69,38 @@ def test_worker_is_counted_to_the_byte() -> None:
     assert staged == staging_bytes(4, 2, 64, torch.float32)
 
 
+def test_kv_pool_leaves_room_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, settings = ModelShape(3, 8, 2, 64, torch.bfloat16, 1000), ServerSettings()
+    ours = device_bytes(shape, 12, 5, 512, settings)
+    assert ours > compaction_bytes(shape, 512) + settings.prefill_state_bytes
+    longer = ModelShape(3, 8, 2, 64, torch.bfloat16, 2000)
+    assert compaction_bytes(longer, 512) - compaction_bytes(shape, 512) == 2 * 1000 * (2 * 64 * 2 + RANKING_BYTES)
+
+    def left(available: int, fixed: int | None = None) -> int:
+        config = SimpleNamespace(
+            scheduler_config=SimpleNamespace(max_num_seqs=5, max_num_batched_tokens=512),
+            cache_config=SimpleNamespace(kv_cache_memory_bytes=fixed),
+        )
+        return leave_room_on_device(shape, 12, settings, config, available)
+
+    assert left(ours + 7) == 7
+    with pytest.raises(ValueError, match="nothing of the available"):
+        left(ours)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (ours + 100, 2**40))
+    assert left(100, fixed=100) == 100
+    with pytest.raises(ValueError, match="more than the free device memory"):
+        left(101, fixed=101)
+
+
 @pytest.mark.parametrize("token_major", [True, False])
-def test_cache_by_tokens(token_major: bool) -> None:
-    """Either layout: what is written at positions is read there, other blocks and slots stay as they were."""
-    heads, head_dim, block_size = 2, 8, 16
-    cache = torch.full((6, heads, block_size, 2 * head_dim), torch.nan)
+def test_the_cache_in_either_layout(token_major: bool) -> None:
+    cache = torch.arange(3 * 2 * 16 * 8).view(3, 2, 16, 8)
     if token_major:
         cache = cache.transpose(1, 2).contiguous().transpose(1, 2)
-    plain = PlainCache(cache)
-    table = torch.tensor([5, 1, 3], dtype=torch.int32)
-    keys, values = torch.randn(heads, 20, head_dim), torch.randn(heads, 20, head_dim)
-    plain.write(keys, values, table, 10)
-    read_keys, read_values = plain.read(table, 30)
-    assert torch.equal(read_keys[:, 10:], keys) and torch.equal(read_values[:, 10:], values)
-    assert read_keys[:, :10].isnan().all() and cache[[0, 2, 4]].isnan().all() and cache[3].isnan().all()
-    views = plain.views
-    assert torch.equal(views.key[1, 0, 0], keys[0, 6]) and torch.equal(views.value[5, 1, 15], values[1, 5])
+    key, value = kv_views(cache)
+    assert key.shape == value.shape == (3, 2, 16, 4)
+    assert torch.equal(key, cache[..., :4]) and torch.equal(value, cache[..., 4:])
+    assert key.untyped_storage().data_ptr() == cache.untyped_storage().data_ptr(), "views, not copies"
 
 
 def test_what_vllm_is_told() -> None:

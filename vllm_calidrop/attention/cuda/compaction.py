@@ -1,7 +1,7 @@
 """A prompt's compaction on the device: the same order as attention/compaction.py, on the compute stream, never waiting.
 
-Score, copy evicted KV out, calibrate from the copy, gather the kept tokens, scatter them. Everything is put on the
-stream before the blocks are freed by the scheduler and used again, so their next owner's writes come after.
+Score, copy evicted KV out, calibrate from the same tokens, gather the kept ones, scatter them. All of it is on the
+stream before the scheduler frees the blocks, so whatever their next owner writes comes after.
 """
 
 from __future__ import annotations
@@ -9,17 +9,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_calidrop.attention.cuda.host_pool import PinnedSwapPool
-from vllm_calidrop.attention.cuda.plain_cache import PlainCache
+from vllm_calidrop.attention.cuda.worker import CaliDropCudaWorker
+from vllm_calidrop.attention.ops.triton import (
+    KVCache,
+    add_column_sums,
+    calibrate,
+    copy_evicted,
+    gather_kept,
+    scatter_kept,
+    score_scratch_elements,
+)
 from vllm_calidrop.attention.prefill import PrefillRow, observe_window
-from vllm_calidrop.cache.layout import PAGE_TOKENS, SWAP_BLOCK_TOKENS
-from vllm_calidrop.calibration import attention_state
 from vllm_calidrop.policies import POLICIES, ScoreInputs, Selection
-from vllm_calidrop.policies.h2o import add_column_sums
-from vllm_calidrop.state_table import StateTable
 
 
-def observe_chunk(row: PrefillRow, layer: int, queries: Tensor, cache: PlainCache, scale: float) -> None:
+def observe_chunk(row: PrefillRow, layer: int, queries: Tensor, cache: KVCache, scale: float) -> None:
     """Remember what the policy will need of this chunk's queries [length, Hq, D]. Only prompt queries count."""
     record = row.sequence.record
     policy = POLICIES[record.policy]
@@ -27,60 +31,60 @@ def observe_chunk(row: PrefillRow, layer: int, queries: Tensor, cache: PlainCach
     if policy.needs_column_sums and row.done < prompt_end:
         sums = row.sequence.column_sums.get(layer)
         if sums is None:
-            sums = torch.zeros((cache.num_kv_heads, record.prompt_len), dtype=torch.float32, device=queries.device)
+            sums = _no_sums(cache, record.prompt_len)
             row.sequence.column_sums[layer] = sums
-        keys, _ = cache.read(row.blocks, prompt_end)
-        add_column_sums(sums, queries[: prompt_end - row.done], keys, row.done, scale)
+        _add_sums(sums, queries[: prompt_end - row.done], row.blocks, cache, row.done, scale)
     if policy.needs_window_queries:
         observe_window(row, layer, queries, prompt_end)
 
 
 def compact(
-    row: PrefillRow,
-    layer: int,
-    last_query: Tensor,
-    cache: PlainCache,
-    pool: PinnedSwapPool,
-    table: StateTable,
-    scale: float,
+    row: PrefillRow, layer: int, last_query: Tensor, cache: KVCache, worker: CaliDropCudaWorker, scale: float
 ) -> Selection:
     """Compact one layer of a sequence that has attended its last known token; last_query: [Hq, D] of that token."""
-    sequence, record = row.sequence, row.sequence.record
-    keys, values = cache.read(row.blocks, record.prompt_len)
-    selection = POLICIES[record.policy].select(
-        ScoreInputs(
-            keys=keys,
-            budget=record.budget,
-            window=record.window,
-            sinks=record.sinks,
-            pool_kernel=record.pool_kernel,
-            scale=scale,
-            window_queries=sequence.window_queries.pop(layer, None),
-            column_sums=sequence.column_sums.pop(layer, None),
-        ),
-        record.stored,
-    )
+    selection = _select(row, layer, cache, scale)
+    record, blocks = row.sequence.record, row.blocks
     if record.calibrated:
-        evicted_keys, evicted_values = _take(keys, selection.evicted), _take(values, selection.evicted)
-        for part in pool.parts(record.swap_blocks, record.stored):
-            part.staging.copy_(_packed(evicted_keys[:, part.tokens], evicted_values[:, part.tokens], len(part.ids)))
-            pool.send(layer, part)
-        query = last_query.view(keys.shape[0], -1, keys.shape[-1])
-        table.put(layer, record.slot, query, attention_state(query, evicted_keys, evicted_values, scale))
-    first = record.prompt_len - record.budget
-    cache.write(_take(keys, selection.kept), _take(values, selection.kept), row.blocks, first)
+        for part in worker.pool.parts(record.swap_blocks, record.stored):
+            positions = selection.evicted[:, part.tokens].contiguous()
+            copy_evicted(cache, blocks, positions, part.staging, part.ids)
+            worker.pool.send(layer, part)
+        state, scratch = worker.state(layer), worker.scratch(1)
+        calibrate(last_query, cache, blocks, selection.evicted, state, record.slot, scratch, scale)
+    kept = cache.key.new_empty((2, cache.key.shape[1], record.budget, cache.key.shape[3]))
+    gather_kept(cache, blocks, selection.kept, kept)
+    scatter_kept(cache, blocks, record.prompt_len - record.budget, kept)
     return selection
 
 
-def _take(tokens: Tensor, index: Tensor) -> Tensor:
-    """[H, T, D] at per-head positions [H, n] -> [H, n, D]."""
-    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+def _select(row: PrefillRow, layer: int, cache: KVCache, scale: float) -> Selection:
+    sequence, record = row.sequence, row.sequence.record
+    window_queries, window_sums = sequence.window_queries.pop(layer, None), None
+    if window_queries is not None:
+        window_sums = _no_sums(cache, record.prompt_len)
+        _add_sums(window_sums, window_queries, row.blocks, cache, record.prompt_len - record.window, scale)
+    # The sums hold all that the policies want of the keys; what these are asked for otherwise is their shape.
+    keys = cache.key.new_full((), torch.nan).expand(cache.key.shape[1], record.prompt_len, cache.key.shape[3])
+    inputs = ScoreInputs(
+        keys=keys,
+        budget=record.budget,
+        window=record.window,
+        sinks=record.sinks,
+        pool_kernel=record.pool_kernel,
+        scale=scale,
+        window_queries=window_queries,
+        column_sums=sequence.column_sums.pop(layer, None),
+        window_sums=window_sums,
+    )
+    return POLICIES[record.policy].select(inputs, record.stored)
 
 
-def _packed(keys: Tensor, values: Tensor, num_blocks: int) -> Tensor:
-    """Evicted KV [H, m, D] as swap blocks: [num_blocks, H, pages, 2, PAGE_TOKENS, D], zero beyond m."""
-    heads, tokens, head_dim = keys.shape
-    kv = keys.new_zeros((heads, 2, num_blocks * SWAP_BLOCK_TOKENS, head_dim))
-    kv[:, 0, :tokens] = keys
-    kv[:, 1, :tokens] = values
-    return kv.view(heads, 2, num_blocks, -1, PAGE_TOKENS, head_dim).permute(2, 0, 3, 1, 4, 5)
+def _no_sums(cache: KVCache, prompt_len: int) -> Tensor:
+    return torch.zeros((cache.key.shape[1], prompt_len), dtype=torch.float32, device=cache.key.device)
+
+
+def _add_sums(sums: Tensor, queries: Tensor, blocks: Tensor, cache: KVCache, first: int, scale: float) -> None:
+    kv_heads = cache.key.shape[1]
+    elements = score_scratch_elements(len(queries), kv_heads, queries.shape[1] // kv_heads)
+    scratch = torch.empty(elements, dtype=torch.float32, device=queries.device)
+    add_column_sums(sums, queries, cache, blocks, first, scale, scratch)

@@ -8,8 +8,8 @@ from torch import Tensor
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 
 from vllm_calidrop.attention.cuda.compaction import compact, observe_chunk
+from vllm_calidrop.attention.cuda.kv_cache import kv_views
 from vllm_calidrop.attention.cuda.metadata import CaliDropCudaMetadata
-from vllm_calidrop.attention.cuda.plain_cache import PlainCache
 from vllm_calidrop.attention.cuda.worker import CaliDropCudaWorker
 from vllm_calidrop.attention.ops.triton import Rows, decode_step
 from vllm_calidrop.attention.prefill import PrefillRow
@@ -62,12 +62,12 @@ class CaliDropCudaImpl(TritonAttentionImpl):
     def _compact(self, query: Tensor, kv_cache: Tensor, prefills: list[PrefillRow]) -> None:
         worker = self.worker
         assert worker is not None
-        cache = PlainCache(kv_cache)
+        cache = kv_views(kv_cache)
         for row in prefills:
             chunk = query[row.first_token : row.first_token + row.length]
             observe_chunk(row, self.index, chunk, cache, self.scale)
             if row.completes:
-                selection = compact(row, self.index, chunk[-1], cache, worker.pool, worker.table, self.scale)
+                selection = compact(row, self.index, chunk[-1], cache, worker, self.scale)
                 if worker.on_compaction is not None:
                     worker.on_compaction(row.sequence.record, self.index, selection)
 
@@ -77,7 +77,7 @@ class CaliDropCudaImpl(TritonAttentionImpl):
         decode_step(
             query,
             output,
-            PlainCache(kv_cache).views,
+            kv_views(kv_cache),
             worker.pages(self.index),
             rows,
             worker.slots.sequences,
