@@ -98,7 +98,7 @@ def decode(
     """
     layouts = _layouts(cache.isa, cache.block_size, cache.head_dim, cache.tensor.dtype)
     dtypes = {queries.dtype, cache.tensor.dtype, pool.pages.dtype, table.query.dtype}
-    if layouts is None or len(dtypes) > 1:
+    if layouts is None or len(dtypes) > 1 or rows.codec is not None or rows.most_reads is not None:
         return cpu.decode(rows, layer, queries, cache, pool, table, scale, lse, out)
     if queries.stride(1) != cache.head_dim or queries.stride(2) != 1:
         queries = queries.contiguous()
