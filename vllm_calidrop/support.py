@@ -35,6 +35,8 @@ def refuse_config(vllm_config: Any) -> None:
         reasons.append("context parallelism")
     if parallel.pipeline_parallel_size > 1:
         reasons.append("pipeline parallelism")
+    if parallel.use_ubatching:
+        reasons.append("microbatches (--enable-dbo, --ubatch-size)")
     if cache.cache_dtype not in KV_CACHE_DTYPES:
         reasons.append(f"a quantised KV cache (--kv-cache-dtype {cache.cache_dtype})")
     if model is not None:

@@ -74,6 +74,7 @@ def start_engine(model: str, **options: Any) -> Any:
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "KV connectors"),
         ({"kv_cache_dtype": "fp8"}, "quantised KV cache .*fp8"),
         ({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}, "pipeline parallelism"),
+        ({"ubatch_size": 2, "all2all_backend": "deepep_low_latency"}, "microbatches"),
         ({"runner": "pooling"}, "runner pooling"),
         ({"additional_config": {"calidrop": {"swap_byte": 1}}}, "'swap_byte'.*known are .*swap_bytes"),
         ({"additional_config": {"calidrop": {"swap_bytes": -1}}}, "swap_bytes"),
