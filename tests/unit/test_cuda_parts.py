@@ -149,15 +149,15 @@ def test_what_vllm_is_told() -> None:
 
 
 def test_requests_without_kernels_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    pages = RequestSettings(kv_budget=64, kv_recall="pages")
-    refuse_settings(pages)
+    asked: list[dict[str, Any]] = [{"kv_recall": "pages"}, {"kv_codec": "int8"}, {"kv_read_budget": 4096}]
+    for names in asked:
+        refuse_settings(RequestSettings(kv_budget=64, **names))
     monkeypatch.setattr("vllm_calidrop.flavour.uses_cuda_flavour", lambda: True)
-    with pytest.raises(SettingsError, match=r"kv_recall \(pages\) is not supported on CUDA") as refusal:
-        refuse_settings(pages)
-    assert refusal.value.field == "kv_recall"
-    for fine in (
-        {"kv_budget": 64},
-        {"kv_recall": "pages"},
-        {"kv_budget": 9, "kv_recall": "pages", "kv_policy": "full"},
-    ):
-        refuse_settings(RequestSettings(**fine))
+    for names in asked:
+        (field,) = names
+        with pytest.raises(SettingsError, match=rf"{field} \(.*\) is not supported on CUDA") as refusal:
+            refuse_settings(RequestSettings(kv_budget=64, **names))
+        assert refusal.value.field == field
+        for plain in ({}, {"kv_budget": 9, "kv_policy": "full"}, {"kv_budget": 9, "kv_calibration": False}):
+            refuse_settings(RequestSettings(**plain, **names))
+    refuse_settings(RequestSettings(kv_budget=64))
