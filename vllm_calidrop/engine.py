@@ -64,7 +64,8 @@ def make_worker(worker: Any, pools: PoolSizes) -> CaliDropWorker:
     max_rows = config.scheduler_config.max_num_seqs
     ours = CaliDropCudaWorker(runner, layer_names, shape, num_slots, pools, runner.device, max_rows)
     for name, index in ours.layer_index.items():
-        config.compilation_config.static_forward_context[name].impl.attach(ours, index)
+        layer = config.compilation_config.static_forward_context[name]
+        layer.impl.attach(ours, index, layer.kv_cache)
     return ours
 
 

@@ -222,6 +222,11 @@ def test_a_prompt_that_ends_with_one_token_is_no_decode() -> None:
     assert not engine.worker.has_unfinished_prompt()
 
 
+def test_xformers_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CALIDROP_GPU_OP", "xformers")
+    assert CaliDropCudaMetadataBuilder.get_cudagraph_support(None, None) is AttentionCGSupport.NEVER
+
+
 def test_a_resumed_prompt_is_replayed_before_it_is_ours() -> None:
     """After a preemption the compaction point is behind the outputs; until then the row attends everything."""
     engine = Engine(CUDAGraphMode.PIECEWISE)

@@ -11,9 +11,10 @@ from vllm_calidrop.attention.cuda.compaction import compact, observe_chunk
 from vllm_calidrop.attention.cuda.kv_cache import kv_views
 from vllm_calidrop.attention.cuda.metadata import CaliDropCudaMetadata
 from vllm_calidrop.attention.cuda.worker import CaliDropCudaWorker
-from vllm_calidrop.attention.ops.triton import Rows, decode_step
+from vllm_calidrop.attention.ops.gpu import CHOICE_VARIABLE, choice, decode_step_op
+from vllm_calidrop.attention.ops.triton import Rows
 from vllm_calidrop.attention.prefill import PrefillRow
-from vllm_calidrop.support import refuse_layer
+from vllm_calidrop.support import UnsupportedError, refuse_layer
 
 
 class CaliDropCudaImpl(TritonAttentionImpl):
@@ -28,8 +29,16 @@ class CaliDropCudaImpl(TritonAttentionImpl):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         refuse_layer(self)
+        self._decode_step = decode_step_op()
 
-    def attach(self, worker: CaliDropCudaWorker, index: int) -> None:
+    def attach(self, worker: CaliDropCudaWorker, index: int, kv_cache: Tensor) -> None:
+        """kv_cache: the layer's, as `forward` gets it."""
+        if choice() == "xformers":
+            from vllm_calidrop.attention.ops import xformers
+
+            reason = xformers.refusal(worker.table.query.dtype, self.head_size, kv_views(kv_cache))
+            if reason is not None:
+                raise UnsupportedError([f"{reason} ({CHOICE_VARIABLE}=xformers)"])
         self.worker, self.index = worker, index
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
@@ -74,7 +83,7 @@ class CaliDropCudaImpl(TritonAttentionImpl):
     def _decode(self, query: Tensor, kv_cache: Tensor, rows: Rows, output: Tensor) -> None:
         worker = self.worker
         assert worker is not None
-        decode_step(
+        self._decode_step(
             query,
             output,
             kv_views(kv_cache),

@@ -9,13 +9,14 @@ lies in persistent buffers (`StepTable`, vLLM's own block table).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadata, TritonAttentionMetadataBuilder
 
 from vllm_calidrop.attention.cuda.worker import CaliDropCudaWorker
+from vllm_calidrop.attention.ops.gpu import choice
 from vllm_calidrop.attention.ops.triton import Rows
 from vllm_calidrop.attention.prefill import PrefillRow, prefill_row
 from vllm_calidrop.worker import active_worker
@@ -33,12 +34,18 @@ class CaliDropCudaMetadata:
 class CaliDropCudaMetadataBuilder(TritonAttentionMetadataBuilder):
     """Lengths come from the host's own numbers, exact without speculative decoding; the device is never waited for."""
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     supports_draft_decode_metadata_update = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.supports_draft_decode_metadata_update = False
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Of xFormers, which allocates in every step: piecewise graphs only."""
+        if choice() == "xformers":
+            return AttentionCGSupport.NEVER
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
