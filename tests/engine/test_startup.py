@@ -152,7 +152,7 @@ def test_kv_sharing_is_refused() -> None:
     """The one thing of a layer that cannot be built alone: it names another layer."""
     from vllm_calidrop.support import refuse_layer
 
-    plain = dict(sliding_window=-1, sinks=None, alibi_slopes=None, logits_soft_cap=0, is_fp8_kv_cache=False)
+    plain = dict(sliding_window=-1, sinks=None, alibi_slopes=None, logits_soft_cap=0, kv_cache_dtype="auto")
     refuse_layer(SimpleNamespace(**plain, kv_sharing_target_layer_name=None, attn_type="decoder"))
     with pytest.raises(UnsupportedError, match="KV sharing"):
         refuse_layer(SimpleNamespace(**plain, kv_sharing_target_layer_name="other", attn_type="decoder"))
