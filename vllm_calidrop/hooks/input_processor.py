@@ -25,6 +25,7 @@ from vllm_calidrop.settings import (
     SettingsError,
     resolve_request,
 )
+from vllm_calidrop.support import refuse_settings
 
 _ATTRIBUTE = "calidrop_server_settings"
 
@@ -60,7 +61,9 @@ def settings_or_400(asked: Mapping[str, Any], server: ServerSettings) -> Request
     if RECORD_KEY in asked:
         raise bad_request(f"{RECORD_KEY} is not a setting: it is the report of a response", RECORD_KEY)
     try:
-        return resolve_request(asked, server)
+        settings = resolve_request(asked, server)
+        refuse_settings(settings)
+        return settings
     except SettingsError as error:
         reason: refusals.Reason = "limit" if isinstance(error, LimitError) else "invalid"
         raise bad_request(str(error), error.field, error.value, reason) from None
