@@ -252,3 +252,8 @@ def test_flags_are_vllms() -> None:
         given = model["engine_kwargs"]
         assert given.keys() <= engine_fields() and given["attention_backend"] == "CALIDROP"
         ServerSettings.from_additional_config(given["additional_config"])
+
+
+def test_operations_explain_every_metric() -> None:
+    guide = (ROOT / "docs/operations.md").read_text()
+    assert [metric.family for metric in METRICS if f"`{metric.family}" not in guide] == []
