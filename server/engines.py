@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import HTTPException
+from prometheus_client import CollectorRegistry
 
 from vllm_calidrop.defaults import VersionedSettings
-from vllm_calidrop.hooks.input_processor import apply_defaults, bad_request, versioned_settings
+from vllm_calidrop.hooks.input_processor import apply_defaults, bad_value, versioned_settings
 from vllm_calidrop.settings import SettingsError
+
+from .exposition import EngineCollector, count_refusals
+from .newest import Newest
 
 logger = logging.getLogger("vllm.calidrop.server")
 
@@ -39,6 +43,10 @@ class Engines:
         self.client = client
         self.refresh_seconds = refresh_seconds
         self.latest = Reading(float("-inf"), [])
+        self.newest = Newest()
+        self.model = str(client.vllm_config.model_config.served_model_name)
+        self.registry = CollectorRegistry()
+        self.registry.register(EngineCollector(self.model, self.newest.get, lambda: self.settings.version))
         self._read: asyncio.Task[Reading] | None = None
         self._background: asyncio.Task[None] | None = None
 
@@ -47,6 +55,7 @@ class Engines:
         """The first read is waited for: a process that starts late begins with the defaults in force."""
         engines = cls(client, refresh_seconds)
         await engines.read()
+        count_refusals(engines.model)
         engines._background = asyncio.create_task(engines._keep_reading())
         return engines
 
@@ -84,16 +93,17 @@ class Engines:
         try:
             self.settings.changed(changes)
         except SettingsError as error:
-            raise bad_request(str(error), error.field, error.value) from None
+            raise bad_value(str(error), error.field, error.value) from None
         core = self.client.engine_core
         answer = await core._call_utility_async("calidrop_change_defaults", changes, engine=core.core_engines[0])
         if refused := answer.get("refused"):
-            raise bad_request(refused["message"], refused["field"])
+            raise bad_value(refused["message"], refused["field"])
         return apply_defaults(self.client.input_processor, answer["version"], answer["given"])
 
     async def _read_all(self) -> Reading:
         answers = await self.client.engine_core.call_utility_all_async("calidrop_stats")
         self.latest = Reading(time.monotonic(), [answer["stats"] for answer in answers])
+        await asyncio.to_thread(self.newest.put, self.latest.engines)
         defaults = answers[0]["defaults"]
         apply_defaults(self.client.input_processor, defaults["version"], defaults["given"])
         return self.latest

@@ -35,6 +35,7 @@ class CaliDropEndpoints:
         app.state.calidrop_keys = Keys(app.state.args, self.options.admin_key)
         app.include_router(routes.router)
         routes.attach_page(app)
+        routes.attach_metrics(app)
         openapi.document_fields(app)
         app.add_middleware(BodyLimit, limit=self.options.max_body_bytes)
 

@@ -9,10 +9,13 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.responses import RedirectResponse
+from prometheus_client import generate_latest
 from starlette.staticfiles import StaticFiles
+from vllm.entrypoints.serve.instrumentator.metrics import PrometheusResponse
+from vllm.v1.metrics.prometheus import get_prometheus_registry
 from vllm.version import __version__ as vllm_version
 
-from vllm_calidrop.hooks.input_processor import bad_request
+from vllm_calidrop.hooks.input_processor import bad_value
 
 from .engines import Engines
 from .keys import admin, reader
@@ -82,9 +85,9 @@ async def _object_of(request: Request) -> dict[str, Any]:
     try:
         body = json.loads(await request.body())
     except ValueError:
-        raise bad_request("The body is not JSON", "body") from None
+        raise bad_value("The body is not JSON", "body") from None
     if not isinstance(body, dict):
-        raise bad_request("The body must be an object of kv_* fields", "body")
+        raise bad_value("The body must be an object of kv_* fields", "body")
     return body
 
 
@@ -98,3 +101,13 @@ def attach_page(app: FastAPI) -> None:
         return RedirectResponse("calidrop/")
 
     app.mount("/calidrop", StaticFiles(directory=PAGE, html=True))
+
+
+def attach_metrics(app: FastAPI) -> None:
+    """vLLM's `/metrics` with ours after it; vLLM lets a plugin's route take the place of one of its own."""
+
+    @app.get("/metrics", response_class=PrometheusResponse)
+    def metrics(request: Request) -> PrometheusResponse:
+        engines: Engines | None = request.app.state.calidrop
+        own = b"" if engines is None else generate_latest(engines.registry)
+        return PrometheusResponse(generate_latest(get_prometheus_registry()) + own)

@@ -56,7 +56,7 @@ FALLBACKS = Metric(
 REFUSED = Metric(
     "requests_refused",
     "counter",
-    "Requests answered with an error, by reason: invalid (400), limit (400, outside the operator's), "
+    "Requests that this backend refused, by reason: invalid (400), limit (400, outside the operator's), "
     "never_fits (400, would wait for ever) or swap_full (503, kv_on_full: reject).",
     (MODEL, "reason"),
 )
@@ -85,6 +85,12 @@ MERGES = Metric("merges", "counter", "Decisions (query head, step) that merged t
 PLAIN = Metric("plain", "counter", "Decisions (query head, step) that used the kept tokens alone.", _LAYER)
 GROUP_READS = Metric("group_reads", "counter", "Reads of the evicted KV of one KV head.", _LAYER)
 PAGES_READ = Metric("pages_read", "counter", "16-token pages of one KV head that those reads read.", _LAYER)
+SKIPPED = Metric(
+    "skipped", "counter", "Reads (recall by pages: pages) that a read budget kept from being made.", _LAYER
+)
+NONFINITE = Metric(
+    "nonfinite", "counter", "KV heads whose evicted KV held NaN or inf, so that a codec refused to store it.", _LAYER
+)
 COMPACTION_SECONDS = Metric(
     "compaction_seconds",
     "histogram",
@@ -95,14 +101,14 @@ SIMILARITY = Metric(
     "similarity",
     "histogram",
     "Cosine similarity of a decode query to the query its stored state was computed with, one per decision.",
-    buckets=(-0.5, 0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98, 1.0),
+    buckets=(0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98, 1.0),
 )
 DEFAULTS_VERSION = Metric(
     "defaults_version", "gauge", "Version of the server defaults in force; rises with every change.", (MODEL,)
 )
 
 # By the columns of vllm_calidrop.records.COUNTERS.
-LAYER_COUNTERS = (RECOMPUTES, MERGES, PLAIN, GROUP_READS, PAGES_READ)
+LAYER_COUNTERS = (RECOMPUTES, MERGES, PLAIN, GROUP_READS, PAGES_READ, SKIPPED, NONFINITE)
 
 METRICS: tuple[Metric, ...] = (
     REQUESTS,

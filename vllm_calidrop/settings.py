@@ -24,6 +24,7 @@ Policy = Literal["snapkv", "h2o", "streaming_llm", "full"]
 Gate = Literal["group", "head", "group_mean"]
 OnFull = Literal["full", "evict"]
 Recall = Literal["all", "pages"]
+Codec = Literal["none", "fp8", "int8", "int4", "int2", "fp8_plain", "int8_plain", "int4_plain", "int2_plain"]
 
 DEFAULT_WINDOW = 32
 DEFAULT_SINKS = 32
@@ -32,6 +33,7 @@ DEFAULT_PAGES, DEFAULT_PAGES_TOP_P = 4, 64
 DEFAULT_EPS, DEFAULT_EPS_BUFFER = 0.02, 0.05
 MAX_BUFFER = 64
 MAX_COUNT = 2**31 - 1  # what the int32 buffers of the workers hold
+MAX_BYTES = 2**62
 
 # Names beginning like ours that are vLLM's own (request fields and `extra_args`): they pass untouched.
 PREFIX = "kv_"
@@ -131,6 +133,15 @@ class RequestSettings(BaseModel):
     kv_on_full: OnFull = Field(
         default="full",
         description="When the host pool is full: keep full KV (full), or evict without calibration (evict).",
+    )
+    kv_codec: Codec = Field(
+        default="none",
+        description="How evicted KV lies in host memory: as it is (none), or in 8, 4 or 2 bits with exact outlier "
+        "tokens; _plain: without those.",
+    )
+    kv_read_budget: Annotated[int, Field(ge=0, le=MAX_BYTES)] | None = Field(
+        default=None,
+        description="Most bytes of evicted KV that a sequence reads again in a step; null: no bound.",
     )
     kv_window: PositiveCount = Field(
         default_factory=_half_of_budget(DEFAULT_WINDOW, 1),

@@ -33,6 +33,8 @@ def engine_stats(scheduler: Any, ledger: Ledger, engine: int) -> dict[str, Any]:
             "total": usable,
             "freed_total": ledger.totals.kv_blocks_freed,
         },
+        "compacted_sequences": ledger.num_slots - ledger.num_free_slots,
         "layers": ledger.totals.layers_with(living),
         "totals": ledger.totals.as_dict(living),
+        "histograms": ledger.totals.histograms(),
     }

@@ -15,7 +15,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.throughput.models import path_of
+from benchmarks.throughput.models import dtype, path_of
 from benchmarks.throughput.timing import now
 
 BLOCK_SIZE = 32
@@ -34,7 +34,7 @@ class Engine:
 
         chosen = {"attention_backend": "CALIDROP"} if backend == "calidrop" else {}
         defaults: dict[str, Any] = {
-            "dtype": "bfloat16",
+            "dtype": dtype(),
             "block_size": BLOCK_SIZE,
             "max_model_len": max_model_len,
             "max_num_seqs": 64,

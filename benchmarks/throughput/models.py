@@ -29,9 +29,18 @@ class Shape:
 
 
 SHAPES = {
+    "llama-2x1024": Shape(1024, 2816, 2, 16, 4, 64),
     "llama-8x1024": Shape(1024, 2816, 8, 16, 4, 64),
     "llama-8x1024-d128": Shape(1024, 2816, 8, 8, 2, 128),
 }
+
+
+def dtype() -> str:
+    """What a model is served in here: without bfloat16 instructions a bfloat16 product takes 3 to 8 times as long as
+    one in float32, and all that is compared would disappear beside it."""
+    import torch
+
+    return "bfloat16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "float32"
 
 
 def path_of(name: str) -> Path:

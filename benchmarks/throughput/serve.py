@@ -19,7 +19,7 @@ import psutil
 from benchmarks.accuracy.config import Server
 from benchmarks.accuracy.server import serving as running
 from benchmarks.small_model.language import TASKS, VOCABULARY, make
-from benchmarks.throughput.models import path_of
+from benchmarks.throughput.models import dtype, path_of
 from benchmarks.throughput.profiles import Load, Serving, Variant
 from benchmarks.throughput.timing import load as load_average
 
@@ -65,6 +65,7 @@ def _processor_seconds(process: psutil.Process) -> float:
 
 def _server(setup: Serving, backend: str | None) -> Server:
     arguments = ["--block-size", str(BLOCK_SIZE), "--max-model-len", str(setup.max_model_len), "--max-num-seqs", "64"]
+    arguments += ["--dtype", dtype()]
     arguments += ["--attention-backend", backend] if backend else []
     arguments += ["--num-gpu-blocks-override", str(setup.blocks)] if setup.blocks else []
     arguments += [] if setup.prefix_caching else ["--no-enable-prefix-caching"]

@@ -9,8 +9,10 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.engine.conftest import CALIDROP_SERVER, serving
+from vllm_calidrop import metrics
 from vllm_calidrop.settings import RequestSettings
 
 pytestmark = pytest.mark.engine
@@ -240,3 +242,44 @@ def test_a_body_that_is_too_large(http: httpx.Client, route: str, chunked: bool)
     headers = ADMIN if "calidrop" in route else KEY
     response = http.post(route, content=content, headers=headers | {"content-type": "application/json"})
     assert "100000 bytes" in refused(response, 413)
+
+
+# Metrics
+
+
+def scraped(http: httpx.Client) -> dict[str, float]:
+    """Samples of ours by name and labels, read after this call."""
+    fresh_stats(http)
+    response = http.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    assert "vllm:prompt_tokens_total" in response.text
+    families = text_string_to_metric_families(response.text)
+    return {
+        f"{sample.name}{sorted((k, v) for k, v in sample.labels.items() if k != 'model_name')}": sample.value
+        for family in families
+        if family.name.startswith("calidrop:")
+        for sample in family.samples
+    }
+
+
+def test_metrics_are_the_sums_of_the_reports(http: httpx.Client, model: str) -> None:
+    before = scraped(http)
+    reports = [complete(http, model, kv_budget=budget)["calidrop"][0] for budget in (BUDGET, 64, 400)]
+    for _ in range(2):
+        refused(http.post("/v1/completions", json={"model": model} | COMPLETION | {"kv_budget": -1}), 400, "kv_budget")
+    after = scraped(http)
+    gained = {sample: value - before[sample] for sample, value in after.items()}
+    engine = ("engine", "0")
+    for name in ("kept", "evicted"):
+        expected = sum(report[name] for report in reports if report["mode"] != "full")
+        assert gained[f"calidrop:{name}_tokens_total{[engine]}"] == expected
+    assert gained[f"calidrop:bytes_in_total{[engine]}"] == sum(report["bytes_read"] for report in reports)
+    for layer in range(4):
+        for name in ("recomputes", "merges", "plain", "group_reads", "pages_read"):
+            expected = sum(report["layers"][name][layer] for report in reports if "layers" in report)
+            assert gained[f"calidrop:{name}_total{[engine, ('layer', str(layer))]}"] == expected
+    assert gained[f"calidrop:requests_total{[engine, ('mode', 'calidrop')]}"] == 2
+    assert gained[f"calidrop:requests_total{[engine, ('mode', 'full')]}"] == 1
+    assert gained[f"calidrop:requests_refused_total{[('reason', 'invalid')]}"] == 2
+    exposed = {name for metric in metrics.METRICS for name in metric.exposed}
+    assert {sample.partition("[")[0] for sample in after} - {"calidrop:requests_refused_created"} == exposed

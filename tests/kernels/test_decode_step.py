@@ -6,21 +6,10 @@ import pytest
 import torch
 from triton.runtime.interpreter import interpreter_builder
 
-from tests.kernels.cases import LAYER, Row, Shape, assert_same, copy_of, make, run
+from benchmarks.kernels.cases import LAYER, ROWS, Row, Shape, assert_same, copy_of, make, run
 from vllm_calidrop.attention.ops.triton import make_scratch, scratch_bytes, splits_for, view_scratch
 from vllm_calidrop.calibration import Gate
 
-# Around the edges of blocks (16), tiles (64, 32), swap pages (16) and swap blocks (128).
-ROWS = [
-    Row(1),
-    Row(17, start=15, stored=1),
-    Row(0),
-    Row(64, start=0, stored=16, gate=Gate.HEAD),
-    Row(130, start=1, stored=129, gate=Gate.GROUP_MEAN),
-    Row(33, plain=True),
-    Row(66, start=33, stored=0),
-    Row(98, start=33, stored=100, gate=Gate.HEAD),
-]
 SHAPES = [
     Shape(),
     Shape(kv_heads=1, group=1, head_dim=96, block_size=48, layout="cpu-vec"),

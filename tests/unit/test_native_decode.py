@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from vllm_calidrop.attention.metadata import DecodeRows
 from vllm_calidrop.attention.ops import cpu, decode, native
 from vllm_calidrop.attention.ops.native import build
 from vllm_calidrop.attention.ops.packed import PackedCache
+from vllm_calidrop.cache.codecs import number_of
 from vllm_calidrop.cache.layout import SWAP_BLOCK_TOKENS
 from vllm_calidrop.cache.swap import SwapPool
 from vllm_calidrop.calibration import Gate, attention_state, cosine, merge_states
@@ -34,12 +36,17 @@ def layouts() -> list[tuple[str, int, torch.dtype]]:
     return found
 
 
+def _taking_turns(values: Sequence[int], count: int) -> Tensor:
+    return torch.tensor([values[index % len(values)] for index in range(count)], dtype=torch.int64)
+
+
 class Case:
     """A batch of rows with random lengths; whatever is not attended is NaN."""
 
     def __init__(
         self, isa: str, block_size: int, dtype: torch.dtype, group: int, head_dim: int, kv_heads: int = 2,
         thresholds: tuple[float, float] = (0.7, 0.85), stored: tuple[int, ...] = (0, 1, 16, 100, 129, 700),
+        codecs: tuple[str, ...] = ("none",), most_reads: tuple[int, ...] = (),
     ) -> None:  # fmt: skip
         torch.manual_seed(0)
         if isa == "amx":
@@ -86,7 +93,9 @@ class Case:
             tokens = int(count[index])
             keys, values = torch.randn((2, kv_heads, tokens, head_dim)).to(dtype)
             taken = swap_blocks[index, : -(-tokens // SWAP_BLOCK_TOKENS)]
-            self.pool.write(LAYER, taken, keys, values)
+            codec = codecs[index % len(codecs)]
+            taken = taken[: self.pool.codecs[number_of(codec)].blocks_for(tokens)]
+            self.pool.write(LAYER, taken, keys, values, codec)
             # Old queries near and far from the new ones, so that every branch is taken.
             old = self.queries[row].view(kv_heads, group, head_dim).float()
             old = (old + torch.randn_like(old) * torch.rand((kv_heads, group, 1)) * 1.5).to(dtype)
@@ -106,6 +115,10 @@ class Case:
             gate=torch.arange(len(calibrated)) % len(Gate),
             swap_blocks=swap_blocks,
             stored=count,
+            codec=_taking_turns([number_of(codec) for codec in codecs], len(calibrated))
+            if codecs != ("none",)
+            else None,
+            most_reads=_taking_turns(most_reads, len(calibrated)) if most_reads else None,
         )
 
     def run(self, op: decode.DecodeOp, **more: Tensor) -> tuple[Tensor, StateTable]:
@@ -140,6 +153,22 @@ def test_equals_torch(isa: str, block_size: int, dtype: torch.dtype, group: int,
 @pytest.mark.parametrize("group", [1, 4])
 def test_extreme_thresholds(thresholds: tuple[float, float], group: int) -> None:
     assert_same(Case("vec", 32, torch.float32, group, 64, thresholds=thresholds))
+
+
+@pytest.mark.parametrize("op", [cpu.decode, native.decode])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_reads_and_writes_where_the_batch_lies(op: decode.DecodeOp, dtype: torch.dtype) -> None:
+    """Queries inside a wider tensor, as Q, K and V of a model lie; the output in their dtype, rounded as torch does."""
+    case = Case("vec", 32, dtype, 4, 64)
+    expected, _ = case.run(op)
+    wide = torch.randn((len(case.queries), 2 * case.queries[0].numel())).to(dtype)
+    wide[:, : case.queries[0].numel()] = case.queries.flatten(1)
+    case.queries = wide[:, : case.queries[0].numel()].view(case.queries.shape)
+    batch = torch.full((len(expected) + 2, *expected.shape[1:]), 7.0, dtype=dtype)
+    out, _ = case.run(op, out=batch[1:-1])
+    assert out.data_ptr() == batch[1].data_ptr()
+    assert torch.equal(out, expected.to(dtype))
+    assert (batch[[0, -1]] == 7).all()
 
 
 def test_no_row_is_calibrated() -> None:

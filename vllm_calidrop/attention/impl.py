@@ -24,6 +24,7 @@ class CaliDropImpl(CPUAttentionBackendImpl):
         super().__init__(*args, **kwargs)
         refuse_layer(self)
         self._decode = decode_op()
+        self._cache: PackedCache | None = None
 
     def forward(
         self,
@@ -57,6 +58,9 @@ class CaliDropImpl(CPUAttentionBackendImpl):
         if tokens is None:
             super().forward(layer, query, key, value, kv_cache, metadata.stock, output, *scales)
             return
+        if isinstance(tokens, slice):
+            super().forward(layer, query[tokens], key, value, kv_cache, metadata.stock, output[tokens], *scales)
+            return
         part = output.new_empty((len(tokens), *output.shape[1:]))
         super().forward(layer, query[tokens], key, value, kv_cache, metadata.stock, part, *scales)
         output[tokens] = part
@@ -71,7 +75,9 @@ class CaliDropImpl(CPUAttentionBackendImpl):
         output: Tensor,
     ) -> None:
         index = worker.layer_index[layer.layer_name]
-        cache = PackedCache(kv_cache, layer.isa)
+        cache = self._cache
+        if cache is None or cache.tensor is not kv_cache:
+            cache = self._cache = PackedCache(kv_cache, layer.isa)
         for row in metadata.prefills:
             chunk = query[row.first_token : row.first_token + row.length]
             observe_chunk(row, index, chunk, cache, self.scale)
@@ -80,9 +86,14 @@ class CaliDropImpl(CPUAttentionBackendImpl):
                 if worker.on_compaction is not None:
                     worker.on_compaction(row.sequence.record, index, selection)
         rows = metadata.decode
-        if rows is not None:
-            attended = self._decoded(worker, index, query[rows.tokens], cache, rows)
-            output[rows.tokens] = attended.to(output.dtype)
+        if rows is None:
+            return
+        places = rows.places
+        if rows.recalled is None and isinstance(places, slice):
+            queries, out = query[places], output[places]
+            self._decode(rows, index, queries, cache, worker.pool, worker.table, self.scale, out=out)
+        else:
+            output[places] = self._decoded(worker, index, query[places], cache, rows).to(output.dtype)
 
     def _decoded(
         self, worker: CaliDropWorker, index: int, queries: Tensor, cache: PackedCache, rows: DecodeRows

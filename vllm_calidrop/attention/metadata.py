@@ -26,7 +26,9 @@ class DecodeRows:
     blocks: int32 [N, C], block-table columns from g on. start, end: int64 [N], the attended tokens among them.
     calibrated: int64 [M], indices of the rows that have a calibration state over all evicted KV; the next fields are
     for those: calibrated_slots int64 [M], theta1, theta2 float32 [M], gate int64 [M], swap_blocks int64 [M, W], stored
-    int64 [M]. recalled: the rows that recall by pages, None if there are none.
+    int64 [M]. recalled: the rows that recall by pages, None if there are none. codec: int64 [M], numbers of codecs,
+    None if all are `none`; most_reads: int64 [M], KV head groups a row may read in this layer, None if nobody has a
+    budget.
     """
 
     tokens: Tensor
@@ -43,8 +45,15 @@ class DecodeRows:
     swap_blocks: Tensor
     stored: Tensor
     recalled: RecallRows | None = None
+    codec: Tensor | None = None
+    most_reads: Tensor | None = None
     # What the native operator keeps from one layer of the step to the next.
     native: Any = None
+
+    @cached_property
+    def places(self) -> Tensor | slice:
+        """`tokens` as an index."""
+        return places(self.tokens.numpy())
 
     @cached_property
     def valid(self) -> Tensor:
@@ -53,15 +62,21 @@ class DecodeRows:
         return (position >= self.start[:, None]) & (position < self.end[:, None])
 
 
+def places(tokens: np.ndarray) -> Tensor | slice:
+    """Ascending tokens of a batch as an index: a slice where they are neighbours, so that nothing is copied."""
+    first, last = int(tokens[0]), int(tokens[-1])
+    return slice(first, last + 1) if last - first + 1 == len(tokens) else torch.from_numpy(tokens)
+
+
 @dataclass
 class CaliDropMetadata:
     """One step. stock: vLLM's metadata for the rows its own operator serves, None if there are none.
 
-    stock_tokens: int64, those rows' tokens in the batch; None if they are the whole batch.
+    stock_tokens: those rows' tokens in the batch, an index as `places` makes it; None if they are the whole batch.
     """
 
     stock: CPUAttentionMetadata | None
-    stock_tokens: Tensor | None
+    stock_tokens: Tensor | slice | None
     decode: DecodeRows | None
     prefills: list[PrefillRow]
 
@@ -150,6 +165,8 @@ class CaliDropMetadataBuilder(CPUAttentionMetadataBuilder):
             gate=sequences.gate[calibrated_slots],
             swap_blocks=sequences.swap_table[calibrated_slots],
             stored=stored,
+            codec=sequences.codecs_of(slots[calibrated]),
+            most_reads=sequences.most_reads_of(slots[calibrated]),
             recalled=sequences.recall_rows(recalled, torch.from_numpy(slots[recalls])) if len(recalled) else None,
         )
 
@@ -162,7 +179,7 @@ class CaliDropMetadataBuilder(CPUAttentionMetadataBuilder):
         starts: np.ndarray,
         lengths: np.ndarray,
         num_rows: int,
-    ) -> tuple[CPUAttentionMetadata | None, Tensor | None]:
+    ) -> tuple[CPUAttentionMetadata | None, Tensor | slice | None]:
         if len(rows) == num_rows:
             return super().build(common_prefix_len, cam, fast_build), None
         if len(rows) == 0:
@@ -171,7 +188,7 @@ class CaliDropMetadataBuilder(CPUAttentionMetadataBuilder):
         # A row's tokens are consecutive: its first one, plus 0, 1, ... within the row.
         counts = lengths[rows]
         within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
-        tokens = torch.from_numpy(np.repeat(starts[rows], counts) + within)
+        tokens = places(np.repeat(starts[rows], counts) + within)
         query_start_loc = torch.zeros(len(rows) + 1, dtype=cam.query_start_loc.dtype)
         query_start_loc[1:] = torch.from_numpy(lengths[rows]).cumsum(0)
         seq_lens = cam.seq_lens[row_index]
@@ -180,7 +197,7 @@ class CaliDropMetadataBuilder(CPUAttentionMetadataBuilder):
             query_start_loc_cpu=query_start_loc,
             seq_lens=seq_lens,
             num_reqs=len(rows),
-            num_actual_tokens=len(tokens),
+            num_actual_tokens=len(within),
             max_query_len=int(lengths[rows].max()),
             max_seq_len=int(seq_lens.max()),
             block_table_tensor=cam.block_table_tensor[row_index],

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
+from vllm_calidrop.cache.codecs import Codec, codec_of
 from vllm_calidrop.cache.layout import (
-    PAGE_TOKENS,
     cacheable_hit,
     first_kept_block,
     pages_for,
@@ -38,7 +39,7 @@ _GROUP_READS, _PAGES_READ = COUNTERS.index("group_reads"), COUNTERS.index("pages
 
 @dataclass(frozen=True)
 class Shape:
-    """What the ledger must know of the model on one rank. kv_bytes_per_token: K and V of one KV head in one layer.
+    """What the ledger must know of the model on one rank. head_dim, dtype: of its KV cache.
 
     ranks: how many there are (tensor parallel).
     """
@@ -47,14 +48,24 @@ class Shape:
     num_layers: int
     num_kv_heads: int
     num_query_heads: int
-    kv_bytes_per_token: int
+    head_dim: int
+    dtype: torch.dtype
     ranks: int = 1
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """K and V of one KV head in one layer, in the cache's dtype."""
+        return 2 * self.head_dim * self.dtype.itemsize
+
+    def codec(self, name: str) -> Codec:
+        return codec_of(name, self.head_dim, self.dtype)
 
 
 @dataclass
 class Report:
     """What the answer's `calidrop` object says; counters accumulate over preemptions.
 
+    read_bytes: of one read: a KV head group's stored tokens, or a page where they are recalled by pages.
     counted, compacted: whether the request is in the engine's totals already.
     """
 
@@ -64,6 +75,8 @@ class Report:
     mode: str
     reason: str | None
     stored: int
+    codec: str | None = None
+    read_bytes: int = 0
     by_pages: bool = False
     earlier_bytes: int = 0
     earlier: np.ndarray | None = None
@@ -82,14 +95,15 @@ class Report:
             counts[:, _PAGES_READ] = counts[:, _GROUP_READS] * pages_for(self.stored)
         return counts if self.earlier is None else counts + self.earlier
 
-    def bytes_read(self, shape: Shape) -> int:
-        """A page is read whole; where a KV head reads everything, without what its last page lacks."""
+    @property
+    def bytes_read(self) -> int:
+        """Encoded bytes, with all that is needed to decode them."""
         if self.current is None:
             return self.earlier_bytes
-        column, tokens = (_PAGES_READ, PAGE_TOKENS) if self.by_pages else (_GROUP_READS, self.stored)
-        return self.earlier_bytes + int(self.current.counts[:, column].sum()) * tokens * shape.kv_bytes_per_token
+        reads = self.current.counts[:, _PAGES_READ if self.by_pages else _GROUP_READS].sum()
+        return self.earlier_bytes + int(reads) * self.read_bytes
 
-    def as_dict(self, shape: Shape, with_layers: bool) -> dict[str, Any]:
+    def as_dict(self, with_layers: bool) -> dict[str, Any]:
         counts = self.counts
         sums = counts.sum(0).tolist() if counts is not None else [0] * len(COUNTERS)
         report: dict[str, Any] = {
@@ -98,9 +112,10 @@ class Report:
             "evicted": self.evicted,
             "mode": self.mode,
             "reason": self.reason,
+            "codec": self.codec,
         }
         report.update(zip(COUNTERS, sums, strict=True))
-        report["bytes_read"] = self.bytes_read(shape)
+        report["bytes_read"] = self.bytes_read
         if with_layers and counts is not None:
             report["layers"] = dict(zip(COUNTERS, counts.T.tolist(), strict=True))
         return report
@@ -194,7 +209,7 @@ class Ledger:
         record, report = self._decide(request)
         earlier = self._reports.get(request.request_id)
         if earlier is not None:
-            report.earlier, report.earlier_bytes = earlier.counts, earlier.bytes_read(self.shape)
+            report.earlier, report.earlier_bytes = earlier.counts, earlier.bytes_read
             report.counted, report.compacted = earlier.counted, earlier.compacted
         self._reports[request.request_id] = report
         self._admitted[request.request_id] = _Admitted(request, record)
@@ -271,7 +286,7 @@ class Ledger:
     def report(self, request_id: str, finished: bool) -> dict[str, Any] | None:
         """The report so far; with the counters of every layer once the request is finished."""
         report = self._reports.get(request_id)
-        return report.as_dict(self.shape, with_layers=finished) if report else None
+        return report.as_dict(with_layers=finished) if report else None
 
     def forget_reports(self, alive: Any) -> None:
         """Drop reports of requests vLLM no longer knows (`alive`: a container of request ids)."""
@@ -285,6 +300,10 @@ class Ledger:
     def sequences(self) -> list[dict[str, Any]]:
         """The admitted requests as plain data (docs/server.md)."""
         return [_shown(admitted, self._reports[request_id]) for request_id, admitted in self._admitted.items()]
+
+    @property
+    def num_free_slots(self) -> int:
+        return len(self._free_slots)
 
     @property
     def in_use(self) -> dict[str, int]:
@@ -321,6 +340,8 @@ class Ledger:
                 return None, _kept_whole(prompt_len, lacking)
             stored, swap_blocks, reason = 0, (), lacking
 
+        codec, by_pages = self.shape.codec(settings.kv_codec), recall is not None
+        read_bytes = codec.page_read_bytes if by_pages else codec.run_bytes(stored)
         record = SequenceRecord(
             request_id=request.request_id,
             admission=next(self._admissions),
@@ -340,18 +361,33 @@ class Ledger:
             stored=stored,
             swap_blocks=swap_blocks,
             recall=recall,
+            codec=codec.name,
+            most_reads=self._most_reads(settings, read_bytes) if stored else None,
         )
-        mode = "calidrop" if stored else "evict"
         return record, Report(
-            prompt_len, settings.kv_budget, evicted, mode, reason, stored, by_pages=recall is not None
+            prompt_tokens=prompt_len,
+            kept=settings.kv_budget,
+            evicted=evicted,
+            mode="calidrop" if stored else "evict",
+            reason=reason,
+            stored=stored,
+            codec=codec.name if stored else None,
+            read_bytes=read_bytes,
+            by_pages=by_pages,
         )
+
+    def _most_reads(self, settings: RequestSettings, read_bytes: int) -> int | None:
+        """Reads of `read_bytes` that a layer may make in a step on one rank: the budget, split evenly over both."""
+        if settings.kv_read_budget is None:
+            return None
+        return settings.kv_read_budget // (self.shape.num_layers * self.shape.ranks * read_bytes)
 
     def _reserve(self, settings: RequestSettings, stored: int) -> tuple[tuple[int, ...] | None, RecallRecord | None]:
         """Swap blocks for `stored` tokens, and for recall by pages its sketch and buffer; None for what is lacking."""
-        swap_blocks = self.swap.take(swap_blocks_for(stored))
+        swap_blocks = self.swap.take(self.shape.codec(settings.kv_codec).blocks_for(stored))
         if not swap_blocks or settings.kv_recall != "pages":
             return swap_blocks, None
-        sketch_blocks = self.sketches.take(len(swap_blocks))
+        sketch_blocks = self.sketches.take(swap_blocks_for(stored))
         if sketch_blocks is None:
             return swap_blocks, None
         buffer_ids = self.buffers.take(settings.kv_recall_buffer)

@@ -35,6 +35,7 @@ def _wrap(module: Any) -> None:
     EngineCore = module.EngineCore
     wrap_method(EngineCore, "_initialize_kv_caches", _allocate_swap, ("self", "vllm_config"))
     EngineCore.calidrop_settings = None
+    EngineCore.calidrop_reads = 0
     EngineCore.calidrop_stats = _stats
     EngineCore.calidrop_change_defaults = _change_defaults
 
@@ -67,8 +68,10 @@ def _stats(self: Any) -> dict[str, Any]:
     """This engine's numbers (docs/server.md), and the defaults in force. Called between steps: milliseconds."""
     from vllm_calidrop.stats import engine_stats
 
+    self.calidrop_reads += 1
+    stats = engine_stats(self.scheduler, self.scheduler.calidrop, getattr(self, "engine_index", 0))
     return {
-        "stats": engine_stats(self.scheduler, self.scheduler.calidrop, getattr(self, "engine_index", 0)),
+        "stats": stats | {"read": self.calidrop_reads},
         "defaults": self.calidrop_settings.as_dict(),
     }
 

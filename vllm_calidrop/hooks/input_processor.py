@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from vllm_calidrop.defaults import VersionedSettings
+from vllm_calidrop.hooks import refusals
 from vllm_calidrop.hooks.on_import import when_imported
 from vllm_calidrop.hooks.wrap import wrap_method
 from vllm_calidrop.selection import is_selected
@@ -57,7 +58,13 @@ def settings_or_400(asked: Mapping[str, Any], server: ServerSettings) -> Request
         raise bad_request(str(error), error.field, error.value) from None
 
 
-def bad_request(message: str, parameter: str, value: Any = None) -> Exception:
+def bad_request(message: str, parameter: str, value: Any = None, reason: refusals.Reason = "invalid") -> Exception:
+    """The error of `bad_value` for a request, which is counted as refused."""
+    refusals.refused(reason)
+    return bad_value(message, parameter, value)
+
+
+def bad_value(message: str, parameter: str, value: Any = None) -> Exception:
     """vLLM's validation error: a 400 whose JSON has `param`, or the exception an offline caller sees."""
     from vllm.exceptions import VLLMValidationError
 

@@ -20,7 +20,8 @@ class RecallRows:
 
     rows: int64 [M], their indices among the step's compacted rows; slots: int64 [M]. theta, eps, top_p (NaN: top-k):
     float32 [M]; most, buffer_size, stored: int64 [M]. swap_blocks, sketch_blocks: int64 [M, W]; buffer_ids: int64
-    [M, B], B the largest buffer_size.
+    [M, B], B the largest buffer_size. codec: int64 [M], numbers of codecs, None if all are `none`; most_reads: int64
+    [M], pages a layer may read in this step, None if there is no read budget.
     """
 
     rows: Tensor
@@ -34,6 +35,8 @@ class RecallRows:
     swap_blocks: Tensor
     sketch_blocks: Tensor
     buffer_ids: Tensor
+    codec: Tensor | None = None
+    most_reads: Tensor | None = None
 
 
 class Sketch(NamedTuple):
@@ -104,6 +107,10 @@ class RecallStore:
         self.codes[layer, blocks] = codes.transpose(0, 1)
         self.scales[layer, blocks] = scales.transpose(0, 1)
         self.mu[layer, record.slot] = mu
+
+    def refuse(self, layer: int, slot: int, heads: Tensor) -> None:
+        """KV heads bool [H] whose pages must not be read: estimates are NaN, so no page is ever wanted."""
+        self.mu[layer, slot, heads] = torch.nan
 
     def sketch(self, layer: int, slots: Tensor, blocks: Tensor, kv_heads: Tensor) -> Sketch:
         """Sketches of N pairs; slots, kv_heads: int64 [N]; blocks: int64 [N, W]; T = W * SWAP_BLOCK_TOKENS."""

@@ -33,6 +33,7 @@ class DecodeOp(Protocol):
         table: StateTable,
         scale: float,
         lse: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor: ...
 
 

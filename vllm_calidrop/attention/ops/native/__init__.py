@@ -29,7 +29,11 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("dtype", "key_layout", "value_layout", "threads")),
         *((name, ctypes.c_int64) for name in ("rows", "kv_heads", "group", "head_dim", "block_size")),
         ("scale", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in ("query", "out", "lse", "cache")),
+        ("query", ctypes.c_void_p),
+        ("query_stride", ctypes.c_int64),
+        ("out", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("out_stride", "out_float32")),
+        *((name, ctypes.c_void_p) for name in ("lse", "cache")),
         *((name, ctypes.c_int64) for name in ("block_stride", "head_stride")),
         ("blocks", ctypes.c_void_p),
         ("blocks_stride", ctypes.c_int64),
@@ -86,17 +90,21 @@ def decode(
     table: StateTable,
     scale: float,
     lse: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Algorithm 2 for all rows of one layer. queries: [N, Hq, D]; returns float32 [N, Hq, D].
+    """Algorithm 2 for all rows of one layer. queries: [N, Hq, D]; returns [N, Hq, D]: `out` if given, else float32.
 
     lse: float32 [N, Hq], filled with the log-sum-exp of all that was attended if given.
     """
     layouts = _layouts(cache.isa, cache.block_size, cache.head_dim, cache.tensor.dtype)
     dtypes = {queries.dtype, cache.tensor.dtype, pool.pages.dtype, table.query.dtype}
-    if layouts is None or len(dtypes) > 1:
-        return cpu.decode(rows, layer, queries, cache, pool, table, scale, lse)
-    queries = queries.contiguous()
-    out = torch.empty(queries.shape, dtype=torch.float32)
+    if layouts is None or len(dtypes) > 1 or rows.codec is not None or rows.most_reads is not None:
+        return cpu.decode(rows, layer, queries, cache, pool, table, scale, lse, out)
+    if queries.stride(1) != cache.head_dim or queries.stride(2) != 1:
+        queries = queries.contiguous()
+    if out is None:
+        out = torch.empty(queries.shape, dtype=torch.float32)
+    assert out.stride(1) == cache.head_dim and out.stride(2) == 1 and out.dtype in (torch.float32, queries.dtype)
     arguments = _arguments_of(rows)
     _fill_layer(arguments, layer, queries, out, cache, pool, table)
     arguments.key_layout, arguments.value_layout = layouts
@@ -182,7 +190,9 @@ def _fill_layer(
     arguments.dtype = DTYPES[queries.dtype]
     arguments.kv_heads, arguments.group = kv_heads, queries.shape[1] // kv_heads
     arguments.head_dim, arguments.block_size = cache.head_dim, cache.block_size
-    arguments.query, arguments.out = queries.data_ptr(), out.data_ptr()
+    arguments.query, arguments.query_stride = queries.data_ptr(), queries.stride(0)
+    arguments.out, arguments.out_stride = out.data_ptr(), out.stride(0)
+    arguments.out_float32 = out.dtype == torch.float32
     arguments.cache = cache.tensor.data_ptr()
     arguments.block_stride, arguments.head_stride = cache.tensor.stride(0), cache.tensor.stride(1)
     arguments.pages = pool.pages.data_ptr() + layer * pool.pages.stride(0) * pool.pages.itemsize

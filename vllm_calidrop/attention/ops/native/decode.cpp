@@ -17,9 +17,11 @@ extern "C" struct Arguments {
   int64_t dtype, key_layout, value_layout, threads;
   int64_t rows, kv_heads, group, head_dim, block_size;
   double scale;
-  const void* query;  // [rows, kv_heads, group, D]
-  float* out;         // the same shape
-  float* lse;         // [rows, kv_heads, group] of all that was attended, or null
+  const void* query;  // [rows, kv_heads, group, D], rows query_stride apart
+  int64_t query_stride;
+  void* out;  // the same shape, rows out_stride apart; float32, or the element type
+  int64_t out_stride, out_float32;
+  float* lse;  // [rows, kv_heads, group] of all that was attended, or null
   // vLLM's cache, packed: a region of 2 * block_size * D elements per (block, KV head).
   const void* cache;
   int64_t block_stride, head_stride;
@@ -51,6 +53,7 @@ template <class T>
 struct Scratch {
   explicit Scratch(const Arguments& a)
       : query(a.group * a.head_dim),
+        out(a.group * a.head_dim),
         asked(a.group * a.head_dim),
         renewed(a.group * a.head_dim),
         lse(a.group),
@@ -58,7 +61,7 @@ struct Scratch {
         rho(a.group),
         recompute(a.group),
         merge(a.group) {}
-  std::vector<float> query, asked, renewed, lse, renewed_lse, rho;
+  std::vector<float> query, out, asked, renewed, lse, renewed_lse, rho;
   std::vector<char> recompute, merge;
   Workspace<T> space;
 };
@@ -181,11 +184,16 @@ void decode(const Arguments& a) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t pair = 0; pair < pairs; pair++) {
       const int64_t row = pair / a.kv_heads, kv_head = pair % a.kv_heads;
-      const T* query = (const T*)a.query + pair * elements;
-      float* out = a.out + pair * elements;
+      const T* query = (const T*)a.query + row * a.query_stride + kv_head * elements;
+      float* out = s.out.data();
       for (int64_t i = 0; i < elements; i++) s.query[i] = to_float(query[i]);
       attend_kept<T, K, V>(a, row, kv_head, s, out);
       if (index_of[row] >= 0) calibrate<T>(a, index_of[row], kv_head, query, s, out);
+      const int64_t place = row * a.out_stride + kv_head * elements;
+      if (a.out_float32)
+        std::copy_n(out, elements, (float*)a.out + place);
+      else
+        for (int64_t i = 0; i < elements; i++) from_float(out[i], (T*)a.out + place + i);
       if (a.lse) std::copy_n(s.lse.data(), a.group, a.lse + pair * a.group);
     }
   }

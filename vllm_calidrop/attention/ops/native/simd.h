@@ -132,8 +132,14 @@ inline float to_float(bf16 x) {
   const uint32_t bits = uint32_t(x.bits) << 16;
   return load_as<float>(&bits);
 }
+inline void from_float(float x, float* to) { *to = x; }
+inline void from_float(float x, bf16* to) {  // to the nearest, ties to even
+  const uint32_t bits = load_as<uint32_t>(&x);
+  to->bits = x == x ? uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16) : uint16_t(0x7fc0);
+}
 #if CALIDROP_HAS_FP16
 inline float to_float(fp16 x) { return float(x); }
+inline void from_float(float x, fp16* to) { *to = fp16(x); }
 #endif
 
 inline Part max(Part a, Part b) { return a > b ? a : b; }
