@@ -7,7 +7,8 @@ import torch
 from triton.runtime.interpreter import interpreter_builder
 
 from benchmarks.kernels.cases import LAYER, ROWS, Row, Shape, assert_same, copy_of, make, run
-from vllm_calidrop.attention.ops.triton import make_scratch, scratch_bytes, splits_for, view_scratch
+from vllm_calidrop.attention.ops.triton import contract, make_scratch, scratch_bytes, splits_for, view_scratch
+from vllm_calidrop.attention.ops.triton.contract import evicted_splits_for
 from vllm_calidrop.calibration import Gate
 
 SHAPES = [
@@ -53,7 +54,17 @@ def test_a_rho_equal_to_a_threshold_is_inside_the_band() -> None:
     case.query.zero_()[..., 0] = 2.0
     case.table.query.zero_()[..., 0] = 4.0
     counts = assert_same(case, run(case)).table.counts[:, LAYER]
-    assert counts.sum(0).tolist() == [0, 0, 6, 0, 0]
+    assert counts.sum(0)[:4].tolist() == [0, 0, 6, 0]
+
+
+@pytest.mark.parametrize("theta1", [-2.0, 2.0])
+def test_a_kv_head_with_nothing_to_read_stays_plain(theta1: float) -> None:
+    """`StateTable.refuse`: its stored query is NaN, which is similar to none and unlike none."""
+    case = make(Shape(group=2, head_dim=32), [Row(20, 4, 30, theta1=theta1, theta2=theta1, gate=gate) for gate in Gate])
+    for slot in case.rows.slot.tolist():
+        case.table.refuse(LAYER, slot, torch.tensor([False, True]))
+    counts = assert_same(case, run(case)).table.counts[:, LAYER].sum(0)
+    assert counts[:4].tolist() == ([6, 0, 6, 3] if theta1 > 1 else [0, 6, 6, 0])
 
 
 def test_nothing_evicted_in_a_stored_state_changes_nothing() -> None:
@@ -101,10 +112,14 @@ def test_a_step_follows_a_step() -> None:
     torch.testing.assert_close(second.out, first.out)
 
 
-def test_scratch_serves_every_batch_up_to_its_size() -> None:
+@pytest.mark.parametrize("programs", [8, 512])
+def test_scratch_serves_every_batch_up_to_its_size(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contract, "PROGRAMS", programs)
+    monkeypatch.setattr(contract, "EVICTED_SPLITS", programs // 64 or 1)
     for rows, kv_heads in ((1, 1), (7, 2), (64, 8), (300, 8)):
         flat = make_scratch(rows, kv_heads, 2, 8, "cpu")
         assert sum(tensor.numel() * tensor.itemsize for tensor in flat) == scratch_bytes(rows, kv_heads, 2, 8)
         for count in range(1, rows + 1):
             view = view_scratch(flat, count, kv_heads, 2, 8)
             assert view.kept_out.shape == (count, kv_heads * 2, splits_for(count, kv_heads), 8)
+            assert view.evicted_out.shape == (count, kv_heads * 2, evicted_splits_for(count, kv_heads), 8)

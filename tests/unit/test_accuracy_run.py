@@ -315,6 +315,16 @@ def test_rows_by_pages() -> None:
     assert summary.cost([entry], summary.ModelShape(kv_heads=2))["read_fraction"] == 3 * 16 / 32 / 16
 
 
+def test_rows_by_how_evicted_kv_is_stored() -> None:
+    stored = [{"kv_codec": "int2"}, {"kv_codec": "int4", "kv_calibration_size": 8}, {"kv_read_budget": 9000}]
+    cells = cells_of(Sweep(policies=["snapkv"], thresholds=[(0.8, 0.85)], stored=stored))
+    labels = ["int2", "size 8 int4", "read budget 9000"]
+    assert [cell.label for cell in cells[-3:]] == [f"+CaliDrop .80/.85 {label}" for label in labels]
+    plain = cells[-4].fields
+    assert [cell.fields for cell in cells[-3:]] == [plain | fields for fields in stored]
+    assert cells[-2].calibration_size == 8
+
+
 def test_interval_of_a_mean() -> None:
     """Against the normal approximation; all right is certain."""
     scores = {"a": [1.0] * 50 + [0.0] * 50}

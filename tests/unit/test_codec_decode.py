@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.unit.test_native_decode import LAYER, LAYERS, Case
-from vllm_calidrop.attention.ops import cpu
+from tests.unit.test_native_decode import LAYER, LAYERS, Case, assert_same
+from vllm_calidrop.attention.ops import cpu, native
+from vllm_calidrop.attention.ops.native import build
 from vllm_calidrop.cache.codecs import NAMES
 from vllm_calidrop.cache.swap import SwapPool
-from vllm_calidrop.calibration import Gate, decide
+from vllm_calidrop.calibration import Gate, cosine, decide
 from vllm_calidrop.records import COUNTERS
 from vllm_calidrop.state_table import StateTable
 
@@ -62,6 +63,46 @@ def test_mixed_codecs_in_one_batch(most_reads: tuple[int, ...], monkeypatch: pyt
     assert (table.counts[:, LAYER, COUNTERS.index("skipped")].sum() > 0) == bool(most_reads)
 
 
+needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("head_dim", "dtype"), [(80, torch.float32), (128, torch.bfloat16), (32, torch.float16)])
+def test_cpp_decodes_as_torch_does(name: str, head_dim: int, dtype: torch.dtype) -> None:
+    assert_same(
+        Case("vec16", 16, dtype, 3, head_dim, codecs=(name, name), stored=(1500, 1, 17, 0, 129, 700)), tolerance=4e-6
+    )
+
+
+@needs_compiler
+@pytest.mark.parametrize("thresholds", [(0.9, 0.95), (2.0, 2.0), (-2.0, -2.0)])
+@pytest.mark.parametrize("most_reads", [(), (0, 1, 2, 9)])
+def test_cpp_with_mixed_codecs_and_budgets(thresholds: tuple[float, float], most_reads: tuple[int, ...]) -> None:
+    table = assert_same(
+        Case("vec", 32, torch.bfloat16, 2, 64, kv_heads=3, codecs=ENCODED, most_reads=most_reads,
+             stored=(1500, 16, 0, 700, 129, 2000, 1), thresholds=thresholds), tolerance=4e-6,
+    )  # fmt: skip
+    skipped = table.counts[:, LAYER, COUNTERS.index("skipped")].sum()
+    assert (skipped > 0) == (bool(most_reads) and thresholds[0] > -2)
+
+
+@needs_compiler
+def test_cpp_leaves_refused_heads_plain() -> None:
+    """Their blocks hold nothing that may be read; the other heads of the sequence go on."""
+    for thresholds in ((2.0, 2.0), (-2.0, -2.0), (0.7, 0.85)):
+        case = Case("vec", 32, torch.float32, 4, 64, kv_heads=3, codecs=("int4", "int4"), thresholds=thresholds)
+        for slot in case.rows.calibrated_slots.tolist():
+            case.table.refuse(LAYER, slot, torch.tensor([False, True, False]))
+        case.pool.memory[:, :, 1] = 255
+        (out, table), (expected, expected_table) = case.run(native.decode), case.run(cpu.decode)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(table.query, expected_table.query, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(table.counts, expected_table.counts)
+        assert table.query[LAYER, case.rows.calibrated_slots][:, 1].isnan().all()
+        assert not table.query[LAYER, case.rows.calibrated_slots][:, [0, 2]].isnan().any()
+
+
 def test_read_budget_takes_the_least_similar_groups() -> None:
     """Ties go to the lower KV head; beyond the budget a head merges by its own rho or is plain."""
     rho = torch.tensor([[[0.1, 0.9], [0.5, 0.6], [0.1, 0.2], [0.95, 0.9]]]).expand(4, -1, -1)
@@ -106,10 +147,7 @@ def test_refused_heads_are_plain_for_ever(gate: Gate) -> None:
     table = StateTable(1, 2, 3, 2, 16, torch.bfloat16)
     table.query[0, 1] = torch.randn((3, 2, 16))
     table.refuse(0, 1, torch.tensor([False, True, False]))
-    case = torch.randn((1, 3, 2, 16))
-    from vllm_calidrop.calibration import cosine
-
-    rho = cosine(case, table.query[0, 1:])
+    rho = cosine(torch.randn((1, 3, 2, 16)), table.query[0, 1:])
     for theta1, theta2 in ((2.0, 2.0), (-2.0, -2.0), (0.7, 0.85)):
         for most in (None, torch.tensor([2])):
             decision = decide(rho, torch.tensor([theta1]), torch.tensor([theta2]), torch.tensor([int(gate)]), most)
