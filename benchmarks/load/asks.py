@@ -25,6 +25,8 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"kv_budget": 64, "kv_theta1": -2, "kv_theta2": -2},
     {"kv_budget": 48, "kv_recall": "pages"},
     {"kv_budget": 48, "kv_recall": "pages", "kv_recall_buffer": 4},
+    {"kv_budget": 64, "kv_codec": "int4"},
+    {"kv_budget": 64, "kv_codec": "fp8", "kv_read_budget": 20000},
     {"kv_budget": 64, "kv_on_full": "evict"},
     {"kv_policy": "full", "kv_budget": 64},
 )
@@ -38,7 +40,8 @@ WRONG: tuple[str, ...] = (
     '"kv_theta1": NaN',
     '"kv_theta2": Infinity',
     '"kv_theta1": 1.5',
-    '"kv_codec": "int8"',
+    '"kv_codec": "int3"',
+    '"kv_nothing": 1',
     '"kv_policy": "lru"',
     '"kv_budget": 8, "kv_window": 9',
     '"max_tokens": -1',
