@@ -1,7 +1,7 @@
 """Replays what vLLM's model runners handed to the CUDA builder: `recordings/*.json`, each from one run of an engine.
 
 The recordings say where they were made (`about`). `v2_cpu.json` is of the V2 runner on CPU under Triton's interpreter
-(tests/engine/v2_cuda.py); those of a GPU come from benchmarks/kernels/record_metadata.py.
+(tests/engine/cuda_identity.py); those of a GPU come from benchmarks/kernels/record_metadata.py.
 """
 
 from __future__ import annotations
