@@ -19,7 +19,8 @@ def install_api_hooks() -> None:
         openai_reports,
         openai_requests,
         output_processor,
+        verdict,
     )
 
-    for hook in (input_processor, output_processor, openai_requests, openai_reports, beam_search):
+    for hook in (input_processor, output_processor, openai_requests, openai_reports, beam_search, verdict):
         hook.install()
