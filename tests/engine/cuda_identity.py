@@ -3,8 +3,8 @@
 vLLM's own Triton attention and our Triton kernels are interpreted: builder, implementation, compaction and kernels are
 those that a GPU gets. Under V2, in every other batch of decodes, the layers are given metadata made for capture before
 the first step, with one row more than the batch has: what a replayed CUDA graph would have is what lies at those
-addresses. Prints one line per identity; any difference is an AssertionError. With a path as argument, the run's metadata
-is recorded there (tests/unit/test_cuda_recording.py replays it).
+addresses. Prints one line per identity; any difference is an AssertionError. With a path as argument, the run's
+metadata is recorded there (tests/unit/test_cuda_recording.py replays it).
 """
 
 from __future__ import annotations
