@@ -1,7 +1,7 @@
 """Replays what vLLM's model runners handed to the CUDA builder: `recordings/*.json`, each from one run of an engine.
 
-The recordings say where they were made (`about`). `v1_cpu.json` and `v2_cpu.json` are of the two runners on CPU under Triton's interpreter
-(tests/engine/cuda_identity.py); those of a GPU come from benchmarks/kernels/record_metadata.py.
+The recordings say where they were made (`about`). `v1_cpu.json` and `v2_cpu.json` are of the two runners on CPU under
+Triton's interpreter (tests/engine/cuda_identity.py); those of a GPU come from benchmarks/kernels/record_metadata.py.
 """
 
 from __future__ import annotations
