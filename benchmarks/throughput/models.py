@@ -29,6 +29,7 @@ class Shape:
 
 
 SHAPES = {
+    "tiny": Shape(64, 128, 1, 2, 1, 32),
     "llama-2x1024": Shape(1024, 2816, 2, 16, 4, 64),
     "llama-8x1024": Shape(1024, 2816, 8, 16, 4, 64),
     "llama-8x1024-d128": Shape(1024, 2816, 8, 8, 2, 128),

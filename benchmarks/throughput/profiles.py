@@ -75,6 +75,17 @@ class Serving:
 
 
 @dataclass(frozen=True)
+class PoolCase:
+    """Requests that share a pool of four full sequences. steps: stock's decode steps that are timed for the bound."""
+
+    model: str
+    input: int = 4096
+    output: int = 512
+    requests: int = 32
+    steps: int = 40
+
+
+@dataclass(frozen=True)
 class Profile:
     operator_repeats: int
     step_lengths: dict[str, list[int]]

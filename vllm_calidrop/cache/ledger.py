@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vllm_calidrop.cache.growth import certain_outputs, most_blocks
 from vllm_calidrop.cache.layout import (
     PAGE_TOKENS,
     cacheable_hit,
@@ -187,6 +188,25 @@ class Ledger:
         assert settings is not None
         mine = self._prefill_state_bytes(settings.kv_policy, settings.kv_window, request.num_prompt_tokens)
         return used + mine > self.prefill_state_limit
+
+    def outgrows(self, request: Request, pool_blocks: int) -> bool:
+        """Whether outputs that are certain to come would not fit beside each other if `request` were admitted now, each
+        prompt at its compressed size: somebody would be preempted, and computed again. Asked where somebody compresses.
+        """
+        others = [admitted.request for admitted in self._admitted.values()]
+        first_blocks = [self.first_block_of(other.request_id) or 0 for other in others]
+        mine = self._first_block_if_admitted(request)
+        if not others or not (mine or any(first_blocks)):
+            return False
+        requests, bs = [*others, request], self.shape.block_size
+        held = [r.num_tokens - first * bs for r, first in zip(requests, [*first_blocks, mine], strict=True)]
+        return most_blocks(held, [certain_outputs(r) for r in requests], bs) > pool_blocks
+
+    def _first_block_if_admitted(self, request: Request) -> int:
+        settings = settings_of(request)
+        if settings is None or settings.kv_budget is None or not _wants_eviction(settings, request.num_prompt_tokens):
+            return 0
+        return first_kept_block(request.num_prompt_tokens, settings.kv_budget, self.shape.block_size)
 
     def admit(self, request: Request) -> None:
         """Decide, reserve and report. `cancel` undoes it if vLLM then finds no blocks."""
