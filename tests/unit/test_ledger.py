@@ -543,6 +543,28 @@ def test_headroom_is_not_wasted() -> None:
     assert not ledger.must_wait(newcomer, 7, 8, held, chunk=200)
 
 
+def test_a_report_is_told_when_it_is_new_and_at_the_end() -> None:
+    ledger = make_ledger()
+    compacted, plain = make_request(1000, kv_budget=100), make_request(50)
+    records = {request.request_id: admit(ledger, request) for request in (compacted, plain)}
+    record = records[compacted.request_id]
+    assert record is not None
+    for request in (compacted, plain):
+        assert ledger.news(request.request_id, finished=False) == ledger.report(request.request_id, finished=False)
+        assert ledger.news(request.request_id, finished=False) is None
+    for value in (1, 2):
+        run_step(ledger, counters_for(record, value))
+        assert ledger.news(plain.request_id, finished=False) is None
+        news = ledger.news(compacted.request_id, finished=False)
+        assert news is not None and news["recomputes"] == value * SHAPE.num_layers
+        assert news["pages_read"] == value * SHAPE.num_layers * -(-900 // 16)
+    for request in (compacted, plain):
+        assert ledger.news(request.request_id, finished=True) == report_of(ledger, request)
+    ledger.release(compacted.request_id)
+    admit(ledger, compacted)
+    assert ledger.news(compacted.request_id, finished=False) is not None, "a new life is news"
+
+
 def certain(request: Request, tokens: int) -> Request:
     request.sampling_params.ignore_eos, request.max_tokens = True, tokens
     return request

@@ -56,7 +56,8 @@ class Shape:
 class Report:
     """What the answer's `calidrop` object says; counters accumulate over preemptions.
 
-    counted, compacted: whether the request is in the engine's totals already.
+    counted, compacted: whether the request is in the engine's totals already. told: whether the API process has it as
+    it is.
     """
 
     prompt_tokens: int
@@ -71,6 +72,7 @@ class Report:
     current: SequenceCounters | None = None
     counted: bool = False
     compacted: bool = False
+    told: bool = False
 
     @property
     def counts(self) -> np.ndarray | None:
@@ -88,11 +90,20 @@ class Report:
         if self.current is None:
             return self.earlier_bytes
         column, tokens = (_PAGES_READ, PAGE_TOKENS) if self.by_pages else (_GROUP_READS, self.stored)
-        return self.earlier_bytes + int(self.current.counts[:, column].sum()) * tokens * shape.kv_bytes_per_token
+        return self.earlier_bytes + self.current.sums[column] * tokens * shape.kv_bytes_per_token
+
+    @property
+    def sums(self) -> list[int]:
+        """`counts` over all layers; zeros if it was never compacted."""
+        if self.current is None or self.earlier is not None:
+            counts = self.counts
+            return counts.sum(0).tolist() if counts is not None else [0] * len(COUNTERS)
+        sums = list(self.current.sums)
+        if not self.by_pages:
+            sums[_PAGES_READ] = sums[_GROUP_READS] * pages_for(self.stored)
+        return sums
 
     def as_dict(self, shape: Shape, with_layers: bool) -> dict[str, Any]:
-        counts = self.counts
-        sums = counts.sum(0).tolist() if counts is not None else [0] * len(COUNTERS)
         report: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
             "kept": self.kept,
@@ -100,9 +111,9 @@ class Report:
             "mode": self.mode,
             "reason": self.reason,
         }
-        report.update(zip(COUNTERS, sums, strict=True))
+        report.update(zip(COUNTERS, self.sums, strict=True))
         report["bytes_read"] = self.bytes_read(shape)
-        if with_layers and counts is not None:
+        if with_layers and (counts := self.counts) is not None:
             report["layers"] = dict(zip(COUNTERS, counts.T.tolist(), strict=True))
         return report
 
@@ -286,7 +297,15 @@ class Ledger:
             report = self._reports.get(request_id)
             admitted = self._admitted.get(request_id)
             if report and admitted and admitted.record and admitted.record.admission == counted.admission:
-                report.current = counted
+                report.current, report.told = counted, False
+
+    def news(self, request_id: str, finished: bool) -> dict[str, Any] | None:
+        """`report`, unless the API process has it as it is; it gets the last one of a request in any case."""
+        report = self._reports.get(request_id)
+        if report is None or (report.told and not finished):
+            return None
+        report.told = True
+        return self.report(request_id, finished)
 
     def report(self, request_id: str, finished: bool) -> dict[str, Any] | None:
         """The report so far; with the counters of every layer once the request is finished."""

@@ -74,7 +74,7 @@ def _exchange_reports(original: Callable[..., Any]) -> Callable[..., Any]:
         by_client = original(self, scheduler_output, model_runner_output, *args, **kwargs)
         for outputs in by_client.values():
             for output in outputs.outputs:
-                report = ledger.report(output.request_id, finished=output.finish_reason is not None)
+                report = ledger.news(output.request_id, finished=output.finish_reason is not None)
                 if report is not None:
                     output.kv_transfer_params = {**(output.kv_transfer_params or {}), REPORT_KEY: report}
         ledger.forget_reports(alive=self.requests)

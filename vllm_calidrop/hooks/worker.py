@@ -8,6 +8,7 @@ the sampled tokens, without a synchronisation of their own.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from vllm_calidrop.hooks.on_import import when_imported
@@ -79,13 +80,24 @@ def _attach(output: Any, owners: Any, counts: Any) -> Any:
     if not isinstance(output, AsyncModelRunnerOutput):
         setattr(output, COUNTERS_ATTRIBUTE, counters_of(owners, counts))
         return output
+    return _pending_class()(output, owners, counts)
+
+
+@cache
+def _pending_class() -> Any:
+    from vllm.v1.outputs import AsyncModelRunnerOutput
+
+    from vllm_calidrop.worker import counters_of
 
     class WithCounters(AsyncModelRunnerOutput):
         """vLLM's pending output; the counters join it when its tokens have arrived."""
 
+        def __init__(self, output: Any, owners: Any, counts: Any) -> None:
+            self._output, self._owners, self._counts = output, owners, counts
+
         def get_output(self) -> Any:
-            finished = output.get_output()
-            setattr(finished, COUNTERS_ATTRIBUTE, counters_of(owners, counts))
+            finished = self._output.get_output()
+            setattr(finished, COUNTERS_ATTRIBUTE, counters_of(self._owners, self._counts))
             return finished
 
-    return WithCounters()
+    return WithCounters
