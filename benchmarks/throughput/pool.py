@@ -6,10 +6,11 @@ In this process and in processor time, so that the bound and what is held agains
 from __future__ import annotations
 
 import statistics
+from dataclasses import asdict
 from typing import Any
 
 from benchmarks.throughput.engine import BLOCK_SIZE, Engine, random_prompt
-from benchmarks.throughput.profiles import BUDGET, PoolCase, pool_of_four
+from benchmarks.throughput.profiles import BUDGET, PoolCase, pool_of
 from benchmarks.throughput.steps import EVICTION
 from benchmarks.throughput.timing import load
 
@@ -23,13 +24,13 @@ def measure(case: PoolCase) -> dict[str, Any]:
     """
     total = case.input + case.output
     per_sequence = -(-(BUDGET + case.output) // BLOCK_SIZE)
-    allowed = min(case.requests, (pool_of_four(total) - 1) // per_sequence)
+    allowed = min(case.requests, (pool_of(4, total) - 1) // per_sequence)
     prefill, step = _stock(case, allowed)
     decode_steps = case.requests * (case.output - 1) / allowed
     bound = case.requests * prefill + decode_steps * step
     found = _ours(case)
     return {
-        "case": case.__dict__,
+        "case": asdict(case),
         "load": load(),
         "allowed": allowed,
         "stock_prefill_seconds": prefill,
@@ -62,7 +63,7 @@ def _stock(case: PoolCase, sequences: int) -> tuple[float, float]:
 
 
 def _ours(case: PoolCase) -> dict[str, Any]:
-    blocks = pool_of_four(case.input + case.output)
+    blocks = pool_of(4, case.input + case.output)
     engine = Engine(
         case.model, "calidrop", case.input + case.output + 64, enable_prefix_caching=False,
         num_gpu_blocks_override=blocks,
