@@ -39,10 +39,14 @@ class AttentionState(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What every query head does in one step; bool [N, H, G] each. Neither: the kept tokens' state alone."""
+    """What every query head does in one step; bool [N, H, G] each. Neither: the kept tokens' state alone.
+
+    skipped: bool [N, H], groups that would have recomputed but for the read budget; None: there is no budget.
+    """
 
     recompute: Tensor
     merge: Tensor
+    skipped: Tensor | None = None
 
 
 def attention_state(
@@ -81,10 +85,12 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1) / norms.clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def decide(rho: Tensor, theta1: Tensor, theta2: Tensor, gate: Tensor) -> Decision:
+def decide(rho: Tensor, theta1: Tensor, theta2: Tensor, gate: Tensor, most_reads: Tensor | None = None) -> Decision:
     """Algorithm 2, lines 3 and 10, under each row's gate. A rho equal to a threshold is inside the band.
 
-    rho: [N, H, G]; theta1, theta2: float [N]; gate: int [N], values of `Gate`.
+    rho: [N, H, G], NaN for a head that neither recomputes nor merges; theta1, theta2: float [N]; gate: int [N], values
+    of `Gate`. most_reads: int [N], groups of a row that may recompute: those of lowest similarity, ties to the lower
+    KV head; the others do what the thresholds say for no recomputation. None: all that want.
     GROUP: any head below theta1 recomputes its whole group, otherwise each head merges by its own rho.
     HEAD: every head decides alone. GROUP_MEAN: the group's mean rho decides for all its heads.
     """
@@ -94,4 +100,11 @@ def decide(rho: Tensor, theta1: Tensor, theta2: Tensor, gate: Tensor) -> Decisio
     for_recompute = torch.where(gate == Gate.GROUP, low_of_group, torch.where(gate == Gate.HEAD, rho, mean_of_group))
     for_merge = torch.where(gate == Gate.GROUP_MEAN, mean_of_group, rho)
     recompute = for_recompute < theta1[:, None, None]
-    return Decision(recompute, ~recompute & (for_merge > theta2[:, None, None]))
+    skipped = None
+    if most_reads is not None:
+        of_group = torch.where(gate == Gate.GROUP_MEAN, mean_of_group, low_of_group)[..., 0]
+        wants = recompute.any(-1)
+        order = torch.where(wants, of_group, torch.inf).argsort(dim=-1, stable=True)
+        skipped = wants & (order.argsort(-1) >= most_reads[:, None])
+        recompute = recompute & ~skipped.unsqueeze(-1)
+    return Decision(recompute, ~recompute & (for_merge > theta2[:, None, None]), skipped)

@@ -9,6 +9,7 @@ import psutil
 
 from vllm_calidrop.cache.ledger import Ledger, Shape
 from vllm_calidrop.cache.spec import CaliDropSpec
+from vllm_calidrop.flavour import is_on_gpu, uses_cuda_flavour
 from vllm_calidrop.memory import (
     ModelShape,
     PoolSizes,
@@ -40,7 +41,8 @@ def make_ledger(vllm_config: Any, kv_cache_config: Any) -> Ledger:
             num_layers=shape.num_layers,
             num_kv_heads=shape.num_kv_heads,
             num_query_heads=shape.num_query_heads,
-            kv_bytes_per_token=2 * shape.head_dim * shape.dtype.itemsize,
+            head_dim=shape.head_dim,
+            dtype=shape.dtype,
             ranks=vllm_config.parallel_config.tensor_parallel_size,
         ),
         pools=kv_cache_config.calidrop_pools,
@@ -51,15 +53,20 @@ def make_ledger(vllm_config: Any, kv_cache_config: Any) -> Ledger:
 
 def make_worker(worker: Any, pools: PoolSizes) -> CaliDropWorker:
     """One rank's state table, pools and sequences, on the layers vLLM bound to its KV cache."""
-    runner = worker.model_runner
+    runner, config = worker.model_runner, worker.vllm_config
     (group,) = runner.kv_cache_config.kv_cache_groups
-    return CaliDropWorker(
-        runner,
-        list(group.layer_names),
-        _model_shape(worker.vllm_config, runner.kv_cache_config),
-        _num_slots(worker.vllm_config),
-        pools,
-    )
+    layer_names = list(group.layer_names)
+    shape, num_slots = _model_shape(config, runner.kv_cache_config), _num_slots(config)
+    if not uses_cuda_flavour():
+        return CaliDropWorker(runner, layer_names, shape, num_slots, pools)
+    from vllm_calidrop.attention.cuda.worker import CaliDropCudaWorker
+
+    max_rows = config.scheduler_config.max_num_seqs
+    ours = CaliDropCudaWorker(runner, layer_names, shape, num_slots, pools, runner.device, max_rows)
+    for name, index in ours.layer_index.items():
+        layer = config.compilation_config.static_forward_context[name]
+        layer.impl.attach(ours, index, layer.kv_cache)
+    return ours
 
 
 def size_pools(vllm_config: Any, kv_cache_config: Any) -> PoolSizes:
@@ -70,7 +77,8 @@ def size_pools(vllm_config: Any, kv_cache_config: Any) -> PoolSizes:
         _model_shape(vllm_config, kv_cache_config),
         _settings(vllm_config),
     )
-    ranks = vllm_config.parallel_config.tensor_parallel_size
+    parallel = vllm_config.parallel_config
+    ranks = parallel.tensor_parallel_size * max(1, getattr(parallel, "data_parallel_size_local", 1))
     free_host = psutil.virtual_memory().available // ranks
     kv_pool = kv_cache_config.num_blocks * spec.page_size_bytes * shape.num_layers
     swap = settings.swap_bytes
@@ -84,6 +92,8 @@ def size_pools(vllm_config: Any, kv_cache_config: Any) -> PoolSizes:
         )
     blocks = int(swap // swap_block_bytes(shape))
     sketch_blocks, buffer_pages = recall_pools(kv_pool, blocks, shape, _num_slots(vllm_config), settings)
+    if uses_cuda_flavour():  # recall by pages is refused there (support.py)
+        sketch_blocks = buffer_pages = 0
     ours = footprint(shape, _num_slots(vllm_config), settings)
     logger.info(
         "CaliDrop: swap pool %.2f GiB (%d blocks) per rank, KV pool %.2f GiB, state table %.1f MiB, "
@@ -109,6 +119,12 @@ def leave_room(vllm_config: Any, worker: Any, available: int) -> int:
 
     A KV pool of fixed size is not shrunk: the sum is checked instead.
     """
+    if is_on_gpu():
+        from vllm_calidrop.attention.cuda.room import leave_room_on_device
+
+        return leave_room_on_device(
+            _shape_of_runner(worker), _num_slots(vllm_config), _settings(vllm_config), vllm_config, available
+        )
     shape, settings, num_slots = _shape_of_runner(worker), _settings(vllm_config), _num_slots(vllm_config)
     ours = footprint(shape, num_slots, settings).total
     ours += recall_pool_bytes(recall_pools(max(0, available - ours), None, shape, num_slots, settings), shape)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_calidrop.cache.codecs import NAMES, codec_of
+from vllm_calidrop.cache.layout import swap_blocks_for
 from vllm_calidrop.cache.swap import SwapPool
 from vllm_calidrop.policies.h2o import QUERY_TILE
 from vllm_calidrop.recall.sketch import padded_dim
@@ -64,10 +66,17 @@ def footprint(shape: ModelShape, num_slots: int, settings: ServerSettings) -> Fo
     kv = shape.num_kv_heads * tokens * 2 * shape.head_dim * (3 * item + 4)
     # Logits and their softmax for one tile of queries.
     scores = 2 * shape.num_query_heads * QUERY_TILE * tokens * 4
+    # One swap block of tokens of the densest codec, K and V, in fp32 while it is encoded: six copies at once.
+    encode = shape.num_kv_heads * densest_block(shape) * 2 * shape.head_dim * 4 * 6
     # The evicted keys centred, rotated, normalised and as magnitudes, in fp32, when they are sketched.
     sketch = shape.num_kv_heads * tokens * padded_dim(shape.head_dim) * 4 * 4
     recall = num_slots * RecallStore.slot_bytes(shape.num_layers, shape.num_kv_heads, shape.head_dim)
-    return Footprint(num_slots * slot, recall, settings.prefill_state_bytes, kv + scores + sketch)
+    return Footprint(num_slots * slot, recall, settings.prefill_state_bytes, kv + scores + sketch + encode)
+
+
+def densest_block(shape: ModelShape) -> int:
+    """Most tokens that a swap block can hold."""
+    return max(codec_of(name, shape.head_dim, shape.dtype).tokens_per_block for name in NAMES)
 
 
 def swap_block_bytes(shape: ModelShape) -> int:
@@ -93,7 +102,8 @@ def recall_pools(
     if sketch is None:
         sketch = int(SKETCH_PER_KV * kv_pool_bytes)
         if swap_blocks is not None:
-            sketch = min(sketch, swap_blocks * sketch_block_bytes(shape))
+            most = swap_blocks_for(swap_blocks * densest_block(shape))
+            sketch = min(sketch, most * sketch_block_bytes(shape))
     buffer = settings.buffer_bytes
     if buffer is None:
         buffer = min(int(BUFFER_PER_KV * kv_pool_bytes), num_slots * DEFAULT_PAGES * buffer_page_bytes(shape))

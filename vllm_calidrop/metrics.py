@@ -57,7 +57,7 @@ REFUSED = Metric(
     "requests_refused",
     "counter",
     "Requests that this backend refused, by reason: invalid (400), limit (400, outside the operator's), "
-    "never_fits (400, would wait for ever) or swap_full (503, kv_on_full: reject).",
+    "never_fits (400, would wait for ever), swap_full or recall_full (503, kv_on_full: reject).",
     (MODEL, "reason"),
 )
 SWAP_WAITS = Metric("swap_waits", "counter", "Requests that had to wait for the host pool (kv_on_full: wait).")
@@ -85,6 +85,12 @@ MERGES = Metric("merges", "counter", "Decisions (query head, step) that merged t
 PLAIN = Metric("plain", "counter", "Decisions (query head, step) that used the kept tokens alone.", _LAYER)
 GROUP_READS = Metric("group_reads", "counter", "Reads of the evicted KV of one KV head.", _LAYER)
 PAGES_READ = Metric("pages_read", "counter", "16-token pages of one KV head that those reads read.", _LAYER)
+SKIPPED = Metric(
+    "skipped", "counter", "Reads (recall by pages: pages) that a read budget kept from being made.", _LAYER
+)
+NONFINITE = Metric(
+    "nonfinite", "counter", "KV heads whose evicted KV held NaN or inf, so that a codec refused to store it.", _LAYER
+)
 COMPACTION_SECONDS = Metric(
     "compaction_seconds",
     "histogram",
@@ -102,7 +108,7 @@ DEFAULTS_VERSION = Metric(
 )
 
 # By the columns of vllm_calidrop.records.COUNTERS.
-LAYER_COUNTERS = (RECOMPUTES, MERGES, PLAIN, GROUP_READS, PAGES_READ)
+LAYER_COUNTERS = (RECOMPUTES, MERGES, PLAIN, GROUP_READS, PAGES_READ, SKIPPED, NONFINITE)
 
 METRICS: tuple[Metric, ...] = (
     REQUESTS,

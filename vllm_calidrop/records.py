@@ -12,8 +12,10 @@ RECORDS_ATTRIBUTE = "calidrop"
 COUNTERS_ATTRIBUTE = "calidrop_counters"
 
 # Columns of the counters, per layer: decisions of query heads, reads of KV head groups, 16-token pages read by those.
-# pages_read is counted for recall by pages; otherwise it follows from group_reads (cache/ledger.py).
-COUNTERS = ("recomputes", "merges", "plain", "group_reads", "pages_read")
+# pages_read is counted for recall by pages; otherwise it follows from group_reads (cache/ledger.py). skipped: KV head
+# groups (with recall by pages: pages) that the read budget kept from being read. nonfinite: KV heads whose evicted
+# KV the codec refused, because it holds NaN or inf; they go on without calibration.
+COUNTERS = ("recomputes", "merges", "plain", "group_reads", "pages_read", "skipped", "nonfinite")
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class SequenceRecord:
 
     prompt_len: P. compaction_point: tokens known at (re-)admission; a layer is compacted when it has attended that
     many. first_block: g. stored: evicted tokens per KV head that go to the swap pool (0: no calibration). recall: None
-    unless its evicted KV is recalled by pages.
+    unless its evicted KV is recalled by pages. codec: how it lies in the swap blocks. most_reads: KV head groups (with
+    recall: pages) that each layer may read in a step on one rank; None: no read budget.
     admission: increases with every admission of any sequence; tells counters of different lives apart.
     """
 
@@ -60,6 +63,8 @@ class SequenceRecord:
     stored: int
     swap_blocks: tuple[int, ...]
     recall: RecallRecord | None = None
+    codec: str = "none"
+    most_reads: int | None = None
 
     @property
     def calibrated(self) -> bool:

@@ -9,10 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_calidrop.cache.codecs import number_of
 from vllm_calidrop.cache.layout import swap_blocks_for
 from vllm_calidrop.recall.store import RecallRows
 from vllm_calidrop.records import RecallRecord, SequenceRecord, StepRecords
 from vllm_calidrop.settings import MAX_BUFFER
+
+UNLIMITED = 2**62
 
 
 @dataclass
@@ -31,7 +34,8 @@ class Sequence:
 class SequenceTable:
     """All sequences of this worker. Arrays are indexed by state slot and hold the record's fields of the same name.
 
-    recalls: whether the record has a recall; recall_*, buffer_* and sketch_table are its fields, top_p NaN for None.
+    codec: its number; most_reads: UNLIMITED for None. recalls: whether the record has a recall; recall_*, buffer_* and
+    sketch_table are its fields, top_p NaN for None.
     """
 
     def __init__(self, num_slots: int, max_model_len: int) -> None:
@@ -43,6 +47,8 @@ class SequenceTable:
         self.theta1 = torch.zeros(num_slots, dtype=torch.float32)
         self.theta2 = torch.zeros(num_slots, dtype=torch.float32)
         self.gate = torch.zeros(num_slots, dtype=torch.int64)
+        self.codec = np.zeros(num_slots, dtype=np.int64)
+        self.most_reads = np.full(num_slots, UNLIMITED, dtype=np.int64)
         self.swap_table = torch.zeros((num_slots, swap_blocks_for(max_model_len)), dtype=torch.int64)
         self.recalls = np.zeros(num_slots, dtype=np.bool_)
         self.recall_theta = torch.zeros(num_slots, dtype=torch.float32)
@@ -72,6 +78,8 @@ class SequenceTable:
         self.theta1[slot] = record.theta1
         self.theta2[slot] = record.theta2
         self.gate[slot] = record.gate
+        self.codec[slot] = number_of(record.codec)
+        self.most_reads[slot] = UNLIMITED if record.most_reads is None else record.most_reads
         self.swap_table[slot, : len(record.swap_blocks)] = torch.tensor(record.swap_blocks, dtype=torch.int64)
         self.recalls[slot] = record.recall is not None
         if record.recall is not None:
@@ -101,7 +109,19 @@ class SequenceTable:
             swap_blocks=self.swap_table[slots],
             sketch_blocks=self.sketch_table[slots],
             buffer_ids=self.buffer_table[slots, : int(size.max())],
+            codec=self.codecs_of(slots.numpy()),
+            most_reads=self.most_reads_of(slots.numpy()),
         )
+
+    def codecs_of(self, slots: np.ndarray) -> Tensor | None:
+        """Codec numbers int64 [N] of these slots; None if all are `none`."""
+        codec = self.codec[slots]
+        return torch.from_numpy(codec) if codec.any() else None
+
+    def most_reads_of(self, slots: np.ndarray) -> Tensor | None:
+        """int64 [N]; None if nobody has a read budget."""
+        most = self.most_reads[slots]
+        return torch.from_numpy(most) if (most < UNLIMITED).any() else None
 
     def get(self, request_id: str) -> Sequence | None:
         return self._by_id.get(request_id)

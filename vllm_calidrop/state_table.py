@@ -8,6 +8,8 @@ from torch import Tensor
 from vllm_calidrop.calibration import AttentionState, Decision
 from vllm_calidrop.records import COUNTERS
 
+SKIPPED, NONFINITE = COUNTERS.index("skipped"), COUNTERS.index("nonfinite")
+
 
 class StateTable:
     """`C_q`, `C_out`, `C_lse` of Algorithm 1, and the decision counters.
@@ -59,9 +61,22 @@ class StateTable:
         reads = decision.recompute.any(-1).sum(-1)
         columns = torch.stack((recomputes, merges, heads - recomputes - merges, reads), dim=-1)
         self.counts[slots, layer, : columns.shape[-1]] += columns
+        if decision.skipped is not None:
+            self.counts[slots, layer, SKIPPED] += decision.skipped.sum(-1)
 
-    def count_recall(self, layer: int, slots: Tensor, looks: Tensor, merges: Tensor, pages: Tensor) -> None:
-        """The same for recall by pages: looks bool [N, H], merges bool [N, H, G], pages read int64 [N, H].
+    def refuse(self, layer: int, slot: int, heads: Tensor) -> None:
+        """KV heads bool [H] that have no evicted KV to read: a query of NaN is similar to none and unlike none, so
+        the gate neither recomputes nor merges."""
+        self.query[layer, slot, heads] = torch.nan
+        self.out[layer, slot, heads] = 0
+        self.lse[layer, slot, heads] = -torch.inf
+        self.counts[slot, layer, NONFINITE] += heads.sum()
+
+    def count_recall(
+        self, layer: int, slots: Tensor, looks: Tensor, merges: Tensor, pages: Tensor, skipped: Tensor | None = None
+    ) -> None:
+        """The same for recall by pages: looks bool [N, H], merges bool [N, H, G], pages read int64 [N, H], pages
+        skipped int64 [N].
 
         A look is a recomputation of every query head of the group; a head that merges has something stored or
         buffered to merge; a group read is a look that read a page.
@@ -70,4 +85,6 @@ class StateTable:
         recomputed, merged = looks.sum(-1) * group, merges.sum((1, 2))
         plain = looks.shape[1] * group - recomputed - merged
         columns = (recomputed, merged, plain, (pages > 0).sum(-1), pages.sum(-1))
-        self.counts[slots, layer] += torch.stack(columns, dim=-1)
+        self.counts[slots, layer, : len(columns)] += torch.stack(columns, dim=-1)
+        if skipped is not None:
+            self.counts[slots, layer, SKIPPED] += skipped

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from typing import TYPE_CHECKING, Any
 
 from vllm_calidrop.selection import BACKEND_NAME
+
+if TYPE_CHECKING:
+    from vllm_calidrop.settings import RequestSettings
+
+logger = logging.getLogger("vllm.calidrop")
+
+KV_CACHE_DTYPES = ("auto", "bfloat16", "float16")
 
 
 class UnsupportedError(ValueError):
@@ -27,7 +35,9 @@ def refuse_config(vllm_config: Any) -> None:
         reasons.append("context parallelism")
     if parallel.pipeline_parallel_size > 1:
         reasons.append("pipeline parallelism")
-    if cache.cache_dtype not in ("auto", "bfloat16", "float16"):
+    if parallel.use_ubatching:
+        reasons.append("microbatches (--enable-dbo, --ubatch-size)")
+    if cache.cache_dtype not in KV_CACHE_DTYPES:
         reasons.append(f"a quantised KV cache (--kv-cache-dtype {cache.cache_dtype})")
     if model is not None:
         if model.use_mla:
@@ -43,13 +53,44 @@ def refuse_config(vllm_config: Any) -> None:
 
 
 def refuse_platform() -> None:
-    """Raise UnsupportedError where there are no kernels of ours yet."""
+    """Raise UnsupportedError where there are no kernels of ours, and on CUDA unless the user accepts that it is new."""
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
+    from vllm_calidrop.flavour import EXPERIMENTAL_VARIABLE, is_experimental_accepted
+
+    if current_platform.is_cpu():
+        return
+    if not current_platform.is_cuda():
+        raise UnsupportedError([f"the platform {current_platform.device_name} (it runs on CPU and CUDA)"])
+    if not is_experimental_accepted():
         raise UnsupportedError(
-            [f"the platform {current_platform.device_name} (this version runs on vLLM's CPU platform)"]
+            [
+                "CUDA without being told to: this backend has been tested without a GPU only, under Triton's "
+                f"interpreter (docs/gpu.md); set {EXPERIMENTAL_VARIABLE}=1 to run it here"
+            ]
         )
+    logger.warning("CaliDrop: the CUDA backend has not been run on a GPU by its authors yet (docs/gpu.md)")
+
+
+# What a request may not ask for on CUDA, where everything is done by kernels: the values that are there yet.
+CUDA_VALUES: dict[str, tuple[Any, ...]] = {
+    "kv_recall": ("all",),
+    "kv_codec": ("none",),
+    "kv_read_budget": (None,),
+}
+
+
+def refuse_settings(settings: RequestSettings) -> None:
+    """Raise SettingsError, naming the field, for a request whose settings this platform has no kernels for."""
+    from vllm_calidrop.flavour import uses_cuda_flavour
+    from vllm_calidrop.settings import SettingsError
+
+    if not settings.calibrates or not uses_cuda_flavour():
+        return
+    for name, values in CUDA_VALUES.items():
+        value = getattr(settings, name, values[0])
+        if value not in values:
+            raise SettingsError(f"{name} ({value}) is not supported on CUDA yet", name, value=value)
 
 
 def refuse_scheduler(scheduler: type) -> None:
@@ -63,7 +104,7 @@ def refuse_scheduler(scheduler: type) -> None:
 def refuse_layer(impl: Any) -> None:
     """Raise UnsupportedError for what only an attention layer knows."""
     reasons = []
-    if impl.sliding_window != -1:
+    if impl.sliding_window not in (-1, (-1, -1)):
         reasons.append("sliding-window attention layers")
     if impl.sinks is not None:
         reasons.append("attention-sink layers")
@@ -73,7 +114,7 @@ def refuse_layer(impl: Any) -> None:
         reasons.append("soft-capped attention logits")
     if impl.kv_sharing_target_layer_name is not None:
         reasons.append("KV sharing between layers")
-    if impl.is_fp8_kv_cache:
+    if impl.kv_cache_dtype not in KV_CACHE_DTYPES:
         reasons.append("a quantised KV cache")
     if impl.attn_type != "decoder":
         reasons.append(f"{impl.attn_type} attention")

@@ -14,7 +14,7 @@ from vllm_calidrop.memory import ModelShape, PoolSizes
 from vllm_calidrop.policies import Selection
 from vllm_calidrop.recall.store import RecallStore
 from vllm_calidrop.records import SequenceCounters, SequenceRecord, StepRecords
-from vllm_calidrop.sequences import SequenceTable
+from vllm_calidrop.sequences import Sequence, SequenceTable
 from vllm_calidrop.state_table import StateTable
 
 # Called with (record, layer, selection) when a layer of a sequence has been compacted; tests and diagnostics.
@@ -48,8 +48,10 @@ class CaliDropWorker:
         """Where the state table lies: beside the KV cache."""
         return torch.device("cpu")
 
-    def _make_pool(self, *shape: Any) -> SwapPool:
-        return SwapPool(*shape)
+    def _make_pool(
+        self, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> SwapPool:
+        return SwapPool(num_layers, num_blocks, num_kv_heads, head_dim, dtype)
 
     def begin_step(self, step: StepRecords | None, scheduled_ids: list[str]) -> None:
         """Take over the scheduler's records, before anything of the step runs."""
@@ -58,6 +60,13 @@ class CaliDropWorker:
                 self.table.admit(record.slot)
                 self.recall.admit(record)
         self._step_ids = [request_id for request_id in scheduled_ids if self.sequences.get(request_id) is not None]
+
+    def has_unfinished_prompt(self) -> bool:
+        """Whether a prompt that will be compacted is scheduled and was not complete before this step."""
+        return any(self._done(i) < sequence.record.compaction_point for i, sequence in self._step_sequences())
+
+    def close(self) -> None:
+        """Give back what is not freed with this object."""
 
     def request_ids(self, common_attn_metadata: Any) -> list[str]:
         """Request of every row. Model runner V2 says so in the metadata, V1 keeps it in its input batch."""
@@ -68,9 +77,26 @@ class CaliDropWorker:
 
     def step_counts(self) -> tuple[list[tuple[str, int]], Tensor]:
         """Counters of the step's sequences: (request id, admission), and int64 [n, layers, COUNTERS], a copy."""
-        records = [sequence.record for i in self._step_ids if (sequence := self.sequences.get(i)) is not None]
-        counts = self.table.counts[[record.slot for record in records]]
+        records = [sequence.record for _, sequence in self._step_sequences()]
+        counts = self._counts_of([record.slot for record in records])
         return [(record.request_id, record.admission) for record in records], counts
+
+    def _counts_of(self, slots: list[int]) -> Tensor:
+        return self.table.counts[slots]
+
+    def _step_sequences(self) -> Iterator[tuple[str, Sequence]]:
+        for request_id in self._step_ids:
+            sequence = self.sequences.get(request_id)
+            if sequence is not None:
+                yield request_id, sequence
+
+    def _done(self, request_id: str) -> int:
+        """Tokens of a request computed before this step: V2 keeps them in its request table, V1 in its batch."""
+        if hasattr(self.runner, "req_states"):
+            states = self.runner.req_states
+            return int(states.num_computed_tokens_np[states.req_id_to_index[request_id]])
+        batch = self.runner.input_batch
+        return int(batch.num_computed_tokens_cpu[batch.req_id_to_index[request_id]])
 
 
 def counters_of(owners: list[tuple[str, int]], counts: Tensor) -> dict[str, SequenceCounters]:

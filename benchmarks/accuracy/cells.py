@@ -13,7 +13,8 @@ REUSE_OFF = 2.0
 
 @dataclass(frozen=True)
 class Cell:
-    """policy None: full KV. thresholds and recall None: evicted only. recall: settings of recall by pages.
+    """policy None: full KV. thresholds and recall None: evicted only. recall: settings of recall by pages. stored:
+    settings of how evicted KV is stored and read.
 
     fields: what the request carries beside the prompt.
     """
@@ -25,6 +26,7 @@ class Cell:
     calibration_size: int | None = None
     extra: dict[str, Any] = field(default_factory=dict, hash=False)
     recall: dict[str, Any] | None = field(default=None, hash=False)
+    stored: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -39,7 +41,7 @@ class Cell:
         fields |= {"kv_theta1": theta1, "kv_theta2": theta2, "kv_gate": self.gate}
         if self.calibration_size is not None:
             fields["kv_calibration_size"] = self.calibration_size
-        return fields
+        return fields | self.stored
 
     @property
     def id(self) -> str:
@@ -59,7 +61,11 @@ class Cell:
             label += f" {self.gate}"
         if self.calibration_size is not None:
             label += f" size {self.calibration_size}"
-        return label
+        return label + "".join(f" {_stored_label(name, value)}" for name, value in self.stored.items())
+
+
+def _stored_label(name: str, value: Any) -> str:
+    return str(value) if name == "kv_codec" else f"{name.removeprefix('kv_').replace('_', ' ')} {value}"
 
 
 def _short(theta: float) -> str:
@@ -69,6 +75,7 @@ def _short(theta: float) -> str:
 def cells_of(sweep: Sweep) -> list[Cell]:
     """Every cell once, in the order of the tables."""
     pairs = [*sweep.thresholds, *((theta1, REUSE_OFF) for theta1 in sweep.reuse_off)]
+    with_thresholds = sweep.policies if sweep.threshold_policies is None else sweep.threshold_policies
     cells = [Cell()] if sweep.full else []
     for budget in sweep.budgets:
         for policy in sweep.policies:
@@ -77,7 +84,12 @@ def cells_of(sweep: Sweep) -> list[Cell]:
             for gate in sweep.gates:
                 for size in sweep.calibration_sizes:
                     number = None if size == "all" else size
-                    cells += [Cell(policy, budget, pair, gate, number, sweep.extra) for pair in pairs]
+                    if policy in with_thresholds:
+                        cells += [Cell(policy, budget, pair, gate, number, sweep.extra) for pair in pairs]
+            for stored in sweep.stored:
+                others = {name: value for name, value in stored.items() if name != "kv_calibration_size"}
+                number = stored.get("kv_calibration_size")
+                cells += [Cell(policy, budget, pair, "group", number, sweep.extra, stored=others) for pair in pairs]
             cells += [Cell(policy, budget, extra=sweep.extra, recall=recall) for recall in sweep.recall]
     assert len({cell.id for cell in cells}) == len(cells), "the sweep names a cell twice"
     return cells

@@ -38,7 +38,7 @@ def draw(summary: dict[str, Any], folder: Path) -> list[Picture]:
     """All pictures the results allow; returns them in the order of the report."""
     pictures: list[Picture] = []
     for length in summary["lengths"][-2:]:  # of many lengths the longest
-        for plot in (_accuracy_by_bytes, _rate_by_layer, _calibration_size):
+        for plot in (_accuracy_by_bytes, _frontier, _stored, _rate_by_layer, _calibration_size):
             pictures += plot(summary, str(length), folder)
     pictures += _needle_maps(summary, folder)
     return pictures
@@ -94,7 +94,9 @@ def _accuracy_by_bytes(summary: dict[str, Any], length: str, folder: Path) -> li
 
 
 def _cost_line(ax: Axes, rows: list[Row], length: str, policy: str, hollow: bool) -> None:
-    found = [row for row in rows if row["thresholds"] and (row["thresholds"][1] >= REUSE_OFF) == hollow]
+    found = [
+        row for row in rows if row["thresholds"] and (row["thresholds"][1] >= REUSE_OFF) == hollow and not row["stored"]
+    ]
     if not found:
         return
     found.sort(key=lambda row: row["lengths"][length][ALL]["bytes_read"])
@@ -128,6 +130,76 @@ def _recall_points(ax: Axes, rows: list[Row], length: str, policy: str) -> None:
     if found:
         x, y = [total["bytes_read"] / 1e6 for total in found], [100 * total["score"] for total in found]
         ax.plot(x, y, linestyle="", marker="*", markersize=9, color=COLOURS[policy], markeredgecolor="white")
+
+
+# The frontier: recall of everything and by pages
+
+
+def _frontier(summary: dict[str, Any], length: str, folder: Path) -> list[Picture]:
+    """A panel per budget, drawn where rows recall by pages: score against the part of the evicted KV read per step."""
+    rows = [row for row in summary["cells"] if row["lengths"][length].get(ALL, {}).get("read_fraction")]
+    budgets = list(dict.fromkeys(row["budget"] for row in rows if row["recall"] is not None))
+    if not budgets:
+        return []
+    figure, axes = plt.subplots(1, len(budgets), figsize=(4.2 * len(budgets), 3.4), sharey=True, squeeze=False)
+    full = next((row["lengths"][length][ALL] for row in summary["cells"] if row["policy"] is None), None)
+    kinds = list(dict.fromkeys(_kind(row) for row in rows))
+    for ax, budget in zip(axes[0], budgets):
+        if full:
+            ax.axhline(100 * full["score"], color="#444444", linewidth=1, linestyle="--")
+        for row in (row for row in rows if row["budget"] == budget):
+            total, kind = row["lengths"][length][ALL], _kind(row)
+            style = {"color": COLOURS[row["policy"]], "marker": MARKERS[kinds.index(kind) % len(MARKERS)]}
+            at, score = total["read_fraction"], 100 * total["score"]
+            ax.errorbar([at], [score], _error([total]), elinewidth=0.7, markersize=5, linestyle="", **style)
+        ax.set(title=f"KV size {budget}", xlabel="part of the evicted KV read per step", xscale="log")
+    for i, kind in enumerate(kinds):
+        axes[0][0].plot([], [], linestyle="", marker=MARKERS[i % len(MARKERS)], color="#777777", label=kind)
+    for policy in dict.fromkeys(row["policy"] for row in rows):
+        axes[0][0].plot([], [], linestyle="", marker="s", color=COLOURS[policy], label=NAMES[policy])
+    axes[0][0].set(ylabel="score, %")
+    axes[0][0].legend(fontsize=7, loc="best")
+    save(figure, folder, name := f"frontier_{length}.png")
+    caption = (
+        f"Accuracy against what is read again{_of(length)}, with 95 % intervals: the paper's rule (`all`) and `pages`."
+    )
+    return [(f"{caption} Dashed: full KV.", name)]
+
+
+def _kind(row: Row) -> str:
+    """How a row recalls, whatever its policy and budget."""
+    if row["recall"] is None:
+        return "all " + "/".join(f"{theta:g}".removeprefix("0") for theta in row["thresholds"])
+    return "pages" + "".join(f", {key.removeprefix('kv_recall_')} {value:g}" for key, value in row["recall"].items())
+
+
+# How evicted KV is stored and read
+
+
+def _stored(summary: dict[str, Any], length: str, folder: Path) -> list[Picture]:
+    """Rows of one pair of thresholds by codec, calibration size and read budget, for the policy that has them."""
+    rows = [row for row in summary["cells"] if row["lengths"][length].get(ALL, {}).get("bytes_read")]
+    some = next((row for row in rows if row["stored"]), None)
+    if some is None:
+        return []
+    same = ("policy", "budget", "thresholds", "gate")
+    rows = [row for row in rows if all(row[name] == some[name] for name in same)]
+    figure, ax = plt.subplots(figsize=(5.6, 3.6))
+    for row in rows:
+        total = row["lengths"][length][ALL]
+        at, score = total["bytes_read"] / 1e6, 100 * total["score"]
+        marker = "s" if "kv_read_budget" in row["stored"] else "^" if row["calibration_size"] else "o"
+        ax.errorbar([at], [score], _error([total]), marker=marker, markersize=5, elinewidth=0.7, color="#0072b2")
+        label = " ".join(row["label"].split()[2:]) or "none"
+        ax.annotate(label, (at, score), xytext=(4, 4), textcoords="offset points", fontsize=7)
+    ax.set(xlabel="MB read again per answer", ylabel="score, %", xscale="log")
+    ax.set_title(f"{NAMES[some['policy']]}, KV size {some['budget']}", fontsize=9)
+    save(figure, folder, name := f"stored_{length}.png")
+    caption = (
+        f"Accuracy against encoded bytes read again{_of(length)}, with 95 % intervals, by codec (`_plain`: without "
+        "outlier tokens); triangles: calibration sizes, squares: read budgets."
+    )
+    return [(caption, name)]
 
 
 # Fig. 3b
@@ -179,7 +251,7 @@ def _calibration_size(summary: dict[str, Any], length: str, folder: Path) -> lis
             pair = next(row["thresholds"] for row in mine if row["thresholds"])
             sizes = {}
             for row in mine:
-                if row["thresholds"] in (None, pair) and row["recall"] is None:
+                if row["thresholds"] in (None, pair) and row["recall"] is None and not row["stored"]:
                     size = 0 if row["thresholds"] is None else row["calibration_size"] or np.inf
                     sizes[size] = row["lengths"][length][ALL]
             order = sorted(sizes)

@@ -70,12 +70,14 @@ def resources(launch: Launch, capability: int) -> Resources:
     """Compile for sm_`capability` and read what the machine code needs."""
     kernel = launch.kernel
     constants_of_kernel = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    any_value = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     hints: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, name in enumerate(kernel.arg_names):
         argument = launch.arguments[name]
-        if name in constants_of_kernel or argument is None or (type(argument) is int and argument == 1):
+        is_one = type(argument) is int and argument == 1 and name not in any_value
+        if name in constants_of_kernel or argument is None or is_one:
             signature[name], constants[name] = "constexpr", argument
             continue
         if isinstance(argument, Tensor):
@@ -84,7 +86,7 @@ def resources(launch: Launch, capability: int) -> Resources:
         else:
             signature[name] = "fp32" if isinstance(argument, float) else "i32"
             aligned = isinstance(argument, int) and argument % 16 == 0
-        if aligned:
+        if aligned and name not in any_value:
             hints[(index,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs=constants, attrs=hints),

@@ -21,11 +21,14 @@ REPORT_KEYS = {
     "evicted",
     "mode",
     "reason",
+    "codec",
     "recomputes",
     "merges",
     "plain",
     "group_reads",
     "pages_read",
+    "skipped",
+    "nonfinite",
     "bytes_read",
 }
 LONG = list(range(10, 90))
@@ -53,7 +56,8 @@ BAD = [
     ("kv_window", 0),
     ("kv_pool_kernel", 4),
     ("kv_sinks", -1),
-    ("kv_codec", "int8"),
+    ("kv_codec", "int3"),
+    ("kv_read_budget", -1),
     ("calidrop", 1),
 ]
 BAD_ONLY_TOP_LEVEL = [

@@ -17,6 +17,7 @@ import transformers
 
 from tests.engine.cases import ROOT
 from vllm_calidrop.cache.spec import CaliDropSpec
+from vllm_calidrop.flavour import EXPERIMENTAL_VARIABLE
 from vllm_calidrop.hooks import on_import, wrap
 from vllm_calidrop.hooks.wrap import SUPPORTED_VLLM, HookError
 from vllm_calidrop.support import UnsupportedError, refuse_groups, refuse_platform
@@ -73,6 +74,7 @@ def start_engine(model: str, **options: Any) -> Any:
         ({"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}, "KV connectors"),
         ({"kv_cache_dtype": "fp8"}, "quantised KV cache .*fp8"),
         ({"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}, "pipeline parallelism"),
+        ({"ubatch_size": 2, "all2all_backend": "deepep_low_latency"}, "microbatches"),
         ({"runner": "pooling"}, "runner pooling"),
         ({"additional_config": {"calidrop": {"swap_byte": 1}}}, "'swap_byte'.*known are .*swap_bytes"),
         ({"additional_config": {"calidrop": {"swap_bytes": -1}}}, "swap_bytes"),
@@ -150,7 +152,7 @@ def test_kv_sharing_is_refused() -> None:
     """The one thing of a layer that cannot be built alone: it names another layer."""
     from vllm_calidrop.support import refuse_layer
 
-    plain = dict(sliding_window=-1, sinks=None, alibi_slopes=None, logits_soft_cap=0, is_fp8_kv_cache=False)
+    plain = dict(sliding_window=-1, sinks=None, alibi_slopes=None, logits_soft_cap=0, kv_cache_dtype="auto")
     refuse_layer(SimpleNamespace(**plain, kv_sharing_target_layer_name=None, attn_type="decoder"))
     with pytest.raises(UnsupportedError, match="KV sharing"):
         refuse_layer(SimpleNamespace(**plain, kv_sharing_target_layer_name="other", attn_type="decoder"))
@@ -171,10 +173,22 @@ def test_hybrid_kv_caches_are_refused() -> None:
 def test_platforms_without_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import vllm.platforms
 
-    elsewhere = SimpleNamespace(is_cpu=lambda: False, device_name="cuda")
+    elsewhere = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: False, device_name="tpu")
     monkeypatch.setattr(vllm.platforms, "_current_platform", elsewhere)
-    with pytest.raises(UnsupportedError, match="platform cuda"):
+    with pytest.raises(UnsupportedError, match="platform tpu"):
         refuse_platform()
+
+
+def test_cuda_must_be_accepted_as_untried(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    import vllm.platforms
+
+    cuda = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True, device_name="cuda")
+    monkeypatch.setattr(vllm.platforms, "_current_platform", cuda)
+    with pytest.raises(UnsupportedError, match=f"tested without a GPU only.*{EXPERIMENTAL_VARIABLE}=1"):
+        refuse_platform()
+    monkeypatch.setenv(EXPERIMENTAL_VARIABLE, "1")
+    refuse_platform()
+    assert "has not been run on a GPU" in caplog.text
 
 
 # what only the started engine knows
@@ -255,7 +269,7 @@ def run_python(code: str, *arguments: str, **environment: str) -> subprocess.Com
 
 
 EVERY_HOOK = """
-import contextlib, importlib, pkgutil, sys
+import contextlib, importlib, inspect, pkgutil, sys, types
 from vllm_calidrop import hooks
 from vllm_calidrop.hooks import on_import, wrap
 
@@ -267,6 +281,7 @@ for part in parts:
         if hasattr(part, "wrap_method"):
             part.wrap_method = lambda *call, part=part: wanted.append((part, *call))
         part.install()
+sys.modules["vllm._C_stable_libtorch"] = types.ModuleType("of vLLM's CUDA build")  # vllm.platforms.cuda wants it
 for name in list(on_import._finder.waiting):
     importlib.import_module(name)
 assert not on_import._finder.waiting
@@ -290,7 +305,7 @@ def without(owner, name):
     setattr(owner, name, raw)
 
 for part, owner, name, _, expected in wanted:
-    symbol = f"{owner.__module__}.{owner.__qualname__}.{name}"
+    symbol = wrap._symbol_of(owner, name)
     with without(owner, name):
         refused(part, symbol)
         setattr(owner, name, lambda renamed, *others: None)
@@ -298,14 +313,15 @@ for part, owner, name, _, expected in wanted:
         if len(expected) > 1:
             setattr(owner, name, lambda self, renamed: None)
             refused(part, symbol)
-    module = sys.modules[owner.__module__]
-    with without(module, owner.__name__):
-        refused(part, owner.__name__)
+    if inspect.isclass(owner):
+        module = sys.modules[owner.__module__]
+        with without(module, owner.__name__):
+            refused(part, owner.__name__)
 
 hooks.install_engine_hooks()
 hooks.install_api_hooks()
 symbols = {hook.symbol for hook in wrap.installed_hooks()}
-assert symbols == {f"{owner.__module__}.{owner.__qualname__}.{name}" for _, owner, name, *_ in wanted}
+assert symbols == {wrap._symbol_of(owner, name) for _, owner, name, *_ in wanted}
 print(*sorted(symbols), sep="\\n")
 """
 

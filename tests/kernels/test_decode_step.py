@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from triton.runtime.interpreter import interpreter_builder
 
-from tests.kernels.cases import LAYER, Row, Shape, assert_same, copy_of, make, run
-from vllm_calidrop.attention.ops.triton import make_scratch, scratch_bytes, splits_for, view_scratch
+from benchmarks.kernels.cases import LAYER, ROWS, Row, Shape, assert_same, copy_of, make, run
+from vllm_calidrop.attention.ops.triton import contract, make_scratch, scratch_bytes, splits_for, view_scratch
+from vllm_calidrop.attention.ops.triton.contract import evicted_splits_for
 from vllm_calidrop.calibration import Gate
 
-# Around the edges of blocks (16), tiles (64, 32), swap pages (16) and swap blocks (128).
-ROWS = [
-    Row(1),
-    Row(17, start=15, stored=1),
-    Row(0),
-    Row(64, start=0, stored=16, gate=Gate.HEAD),
-    Row(130, start=1, stored=129, gate=Gate.GROUP_MEAN),
-    Row(33, plain=True),
-    Row(66, start=33, stored=0),
-    Row(98, start=33, stored=100, gate=Gate.HEAD),
-]
 SHAPES = [
     Shape(),
     Shape(kv_heads=1, group=1, head_dim=96, block_size=48, layout="cpu-vec"),
@@ -34,6 +26,25 @@ SHAPES = [
 def test_equals_reference(shape: Shape) -> None:
     case = make(shape, ROWS)
     assert_same(case, run(case))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_batches(seed: int) -> None:
+    pick = random.Random(seed)
+    layout, block_size = pick.choice(("cuda-tokens", "cuda-heads", "cpu-vec")), 16 * pick.randint(1, 9)
+    shape = Shape(pick.randint(1, 3), pick.randint(1, 16), 8 * pick.randint(2, 20), block_size, torch.float32, layout)
+    rows = []
+    for _ in range(5):
+        end = pick.randint(1, 200)
+        theta1 = pick.uniform(-1, 1)
+        rows.append(
+            Row(
+                end, pick.randrange(end), pick.choice((0, pick.randint(1, 260))), pick.random() < 0.2, theta1,
+                pick.uniform(theta1, 1), pick.randrange(len(Gate)), pick.uniform(0, 3),
+            )
+        )  # fmt: skip
+    case = make(shape, rows, seed)
+    assert_same(case, run(case, pick.randint(1, 3)))
 
 
 def test_every_branch_is_taken_by_every_gate() -> None:
@@ -64,7 +75,17 @@ def test_a_rho_equal_to_a_threshold_is_inside_the_band() -> None:
     case.query.zero_()[..., 0] = 2.0
     case.table.query.zero_()[..., 0] = 4.0
     counts = assert_same(case, run(case)).table.counts[:, LAYER]
-    assert counts.sum(0).tolist() == [0, 0, 6, 0, 0]
+    assert counts.sum(0)[:4].tolist() == [0, 0, 6, 0]
+
+
+@pytest.mark.parametrize("theta1", [-2.0, 2.0])
+def test_a_kv_head_with_nothing_to_read_stays_plain(theta1: float) -> None:
+    """`StateTable.refuse`: its stored query is NaN, which is similar to none and unlike none."""
+    case = make(Shape(group=2, head_dim=32), [Row(20, 4, 30, theta1=theta1, theta2=theta1, gate=gate) for gate in Gate])
+    for slot in case.rows.slot.tolist():
+        case.table.refuse(LAYER, slot, torch.tensor([False, True]))
+    counts = assert_same(case, run(case)).table.counts[:, LAYER].sum(0)
+    assert counts[:4].tolist() == ([6, 0, 6, 3] if theta1 > 1 else [0, 6, 6, 0])
 
 
 def test_nothing_evicted_in_a_stored_state_changes_nothing() -> None:
@@ -112,10 +133,14 @@ def test_a_step_follows_a_step() -> None:
     torch.testing.assert_close(second.out, first.out)
 
 
-def test_scratch_serves_every_batch_up_to_its_size() -> None:
+@pytest.mark.parametrize("programs", [8, 512])
+def test_scratch_serves_every_batch_up_to_its_size(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contract, "PROGRAMS", programs)
+    monkeypatch.setattr(contract, "EVICTED_SPLITS", programs // 64 or 1)
     for rows, kv_heads in ((1, 1), (7, 2), (64, 8), (300, 8)):
         flat = make_scratch(rows, kv_heads, 2, 8, "cpu")
         assert sum(tensor.numel() * tensor.itemsize for tensor in flat) == scratch_bytes(rows, kv_heads, 2, 8)
         for count in range(1, rows + 1):
             view = view_scratch(flat, count, kv_heads, 2, 8)
             assert view.kept_out.shape == (count, kv_heads * 2, splits_for(count, kv_heads), 8)
+            assert view.evicted_out.shape == (count, kv_heads * 2, evicted_splits_for(count, kv_heads), 8)

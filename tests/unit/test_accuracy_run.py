@@ -48,7 +48,7 @@ def report_of(body: Body) -> dict[str, Any]:
     if not body.get("kv_calibration", True):
         empty = {"kept": 64, "evicted": 32, "mode": "evict", "reason": "calibration_off", "bytes_read": 0}
         return empty | dict.fromkeys(sums, 0) | {"layers": {name: [0, 0] for name in COUNTS}}
-    counted = {"kept": 64, "evicted": 32, "mode": "calidrop", "reason": None, "bytes_read": 1000}
+    counted = {"kept": 64, "evicted": 32, "mode": "calidrop", "reason": None, "bytes_read": 1000, "pages_read": 2}
     return counted | sums | {"layers": COUNTS}
 
 
@@ -313,6 +313,16 @@ def test_rows_by_pages() -> None:
     report = report_of({"kv_budget": 64}) | {"pages_read": 3}
     entry = {"completion_tokens": 5, "prompt_tokens": 96, "recall": True, "report": report}
     assert summary.cost([entry], summary.ModelShape(kv_heads=2))["read_fraction"] == 3 * 16 / 32 / 16
+
+
+def test_rows_by_how_evicted_kv_is_stored() -> None:
+    stored = [{"kv_codec": "int2"}, {"kv_codec": "int4", "kv_calibration_size": 8}, {"kv_read_budget": 9000}]
+    cells = cells_of(Sweep(policies=["snapkv"], thresholds=[(0.8, 0.85)], stored=stored))
+    labels = ["int2", "size 8 int4", "read budget 9000"]
+    assert [cell.label for cell in cells[-3:]] == [f"+CaliDrop .80/.85 {label}" for label in labels]
+    plain = cells[-4].fields
+    assert [cell.fields for cell in cells[-3:]] == [plain | fields for fields in stored]
+    assert cells[-2].calibration_size == 8
 
 
 def test_interval_of_a_mean() -> None:

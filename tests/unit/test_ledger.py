@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import deque
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
+from vllm_calidrop.cache.codecs import NAMES
 from vllm_calidrop.cache.growth import most_blocks
 from vllm_calidrop.cache.layout import first_kept_block, swap_blocks_for
 from vllm_calidrop.cache.ledger import Ledger, Shape, prefill_state_bytes, settings_of
@@ -22,7 +25,7 @@ from vllm_calidrop.records import COUNTERS, SequenceCounters, SequenceRecord
 from vllm_calidrop.sequences import SequenceTable
 from vllm_calidrop.settings import ServerSettings, resolve_request
 
-SHAPE = Shape(block_size=16, num_layers=2, num_kv_heads=2, num_query_heads=4, kv_bytes_per_token=64)
+SHAPE = Shape(block_size=16, num_layers=2, num_kv_heads=2, num_query_heads=4, head_dim=16, dtype=torch.float16)
 NOTHING = dict.fromkeys(("sequences", "swap_blocks", "sketch_blocks", "buffer_pages", "state_slots", "quarantine"), 0)
 names = (f"r{number}" for number in itertools.count())
 
@@ -104,6 +107,69 @@ def test_what_is_stored(asked: dict[str, Any], stored: int, mode: str, reason: s
     report = report_of(ledger, request)
     expected = {"prompt_tokens": 1000, "kept": 100, "evicted": 900, "mode": mode, "reason": reason}
     assert {name: report[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("codec", NAMES)
+@pytest.mark.parametrize("recall", ["all", "pages"])
+def test_codecs_take_their_own_number_of_blocks(codec: str, recall: str) -> None:
+    """And bytes read again are encoded bytes; sketches are as large with every codec."""
+    ledger = make_ledger()
+    request = make_request(5000, kv_budget=100, kv_codec=codec, kv_recall=recall)
+    record = admit(ledger, request)
+    bound = SHAPE.codec(codec)
+    assert record is not None and record.codec == codec
+    assert len(record.swap_blocks) == -(-4900 // bound.tokens_per_block) == ledger.in_use["swap_blocks"]
+    assert record.recall is None or len(record.recall.sketch_blocks) == swap_blocks_for(4900)
+    run_step(ledger, counters_for(record, 3))
+    read = bound.page_read_bytes if recall == "pages" else bound.run_bytes(4900)
+    report = report_of(ledger, request)
+    assert (report["codec"], report["bytes_read"]) == (codec, 2 * 3 * read)
+    ledger.release(request.request_id)
+    run_step(ledger)
+    assert set(ledger.in_use.values()) == {0}
+
+
+def test_mixed_codecs_share_the_blocks_until_none_is_left() -> None:
+    """No block is a codec's own: whatever was given back serves the next, to the last block."""
+    ledger = make_ledger(swap_blocks=24)
+    asked = [{"kv_codec": codec} for codec in ("int2", "none", "int4", "int8")]
+    requests = [make_request(1124, kv_budget=100, **each) for each in asked]
+    records = [admit(ledger, request) for request in requests]
+    taken = [record.swap_blocks for record in records if record is not None]
+    assert [len(blocks) for blocks in taken] == [SHAPE.codec(each["kv_codec"]).blocks_for(1024) for each in asked]
+    assert len({block for blocks in taken for block in blocks}) == sum(map(len, taken))
+    run_step(ledger)
+    left = ledger.swap.num_free
+    for request in requests[::2]:
+        ledger.release(request.request_id)
+    run_step(ledger)
+    assert ledger.swap.num_free == left + len(taken[0]) + len(taken[2])
+    last = admit(ledger, make_request(100 + 128 * ledger.swap.num_free, kv_budget=100))
+    assert last is not None and last.stored > 0
+    assert ledger.swap.num_free == 0
+
+
+@pytest.mark.parametrize(
+    ("budget", "recall", "codec", "most"),
+    [
+        (None, "all", "none", None),
+        (0, "all", "none", 0),
+        (2 * 900 * 64 - 1, "all", "none", 0),
+        (2 * 900 * 64, "all", "none", 1),
+        (2**62, "all", "none", 2**62 // (2 * 900 * 64)),
+        (2 * 3 * 1024, "pages", "none", 3),
+        (2 * 3 * SHAPE.codec("int4").run_bytes(900) + 1, "all", "int4", 3),
+        (2 * 5 * SHAPE.codec("int2").page_read_bytes, "pages", "int2", 5),
+    ],
+)
+def test_read_budget_is_split_over_layers(budget: int | None, recall: str, codec: str, most: int | None) -> None:
+    """In reads of encoded bytes; two ranks have half of it each."""
+    request = make_request(1000, kv_budget=100, kv_read_budget=budget, kv_recall=recall, kv_codec=codec)
+    record = admit(make_ledger(), request)
+    assert record is not None and record.most_reads == most
+    two = Ledger(dataclasses.replace(SHAPE, ranks=2), PoolSizes(100, 100, 10), 8, 2**30)
+    record = admit(two, request)
+    assert record is not None and record.most_reads == (None if most is None else most // 2)
 
 
 @pytest.mark.parametrize(

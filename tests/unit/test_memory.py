@@ -29,6 +29,7 @@ from vllm_calidrop.memory import (
     PoolSizes,
     buffer_page_bytes,
     default_swap_bytes,
+    densest_block,
     footprint,
     sketch_block_bytes,
     swap_block_bytes,
@@ -74,7 +75,7 @@ def test_swap_pool_is_counted_to_the_byte(
 ) -> None:
     pool = SwapPool(layers, blocks, kv_heads, head_dim, dtype)
     shape = make_shape(layers, kv_heads, head_dim=head_dim, dtype=dtype)
-    assert blocks * swap_block_bytes(shape) == bytes_of(pool.pages)
+    assert blocks * swap_block_bytes(shape) == bytes_of(pool.memory)
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.sampled_from([8, 80, 128]), DTYPES, st.integers(0, 5))
@@ -173,7 +174,7 @@ def test_compaction_stays_inside_the_promised_scratch(
         observe_chunk(row, 0, queries, cache, scale)
         compact(row, 0, queries[-1], cache, pool, table, store, scale)
 
-    counted = Shape(32, 1, shape.num_kv_heads, shape.num_query_heads, 2 * shape.head_dim * shape.dtype.itemsize)
+    counted = Shape(32, 1, shape.num_kv_heads, shape.num_query_heads, shape.head_dim, shape.dtype)
     stash = prefill_state_bytes(counted, policy, window, shape.max_model_len)
     promised = footprint(shape, 1, ServerSettings()).scratch + stash
     most = peak_of(work)
@@ -287,11 +288,13 @@ def test_recall_comes_out_of_the_kv_pool(free_memory: Callable[[int], None]) -> 
     config = default.kv_cache_config(1000)
     kv_pool = 1000 * 32 * 2 * 2 * 64 * 4 * 3
     pools = size_pools(default.config, config)
-    assert pools.sketch_blocks == min(kv_pool // 16 // block, pools.swap_blocks)
+    assert pools.sketch_blocks == kv_pool // 16 // block
     assert pools.buffer_pages == min(kv_pool // 32 // page, 32 * 4)
     assert leave_room(default.config, default.worker, 10 * GIB) < rest / 3
     few = Engine(sketch_bytes=None, swap_bytes=3 * swap_block_bytes(shape))
-    assert size_pools(few.config, config) == PoolSizes(3, 3, 0)
+    most = swap_blocks_for(3 * densest_block(shape))
+    assert kv_pool // 16 // block > most > 3
+    assert size_pools(few.config, config) == PoolSizes(3, most, 0)
 
 
 def test_swap_pool_in_whole_blocks(free_memory: Callable[[int], None]) -> None:

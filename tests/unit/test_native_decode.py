@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from vllm_calidrop.attention.metadata import DecodeRows
 from vllm_calidrop.attention.ops import cpu, decode, native
 from vllm_calidrop.attention.ops.native import build
 from vllm_calidrop.attention.ops.packed import PackedCache
+from vllm_calidrop.cache.codecs import number_of
 from vllm_calidrop.cache.layout import SWAP_BLOCK_TOKENS
 from vllm_calidrop.cache.swap import SwapPool
 from vllm_calidrop.calibration import Gate, attention_state, cosine, merge_states
@@ -34,12 +36,17 @@ def layouts() -> list[tuple[str, int, torch.dtype]]:
     return found
 
 
+def _taking_turns(values: Sequence[int], count: int) -> Tensor:
+    return torch.tensor([values[index % len(values)] for index in range(count)], dtype=torch.int64)
+
+
 class Case:
     """A batch of rows with random lengths; whatever is not attended is NaN."""
 
     def __init__(
         self, isa: str, block_size: int, dtype: torch.dtype, group: int, head_dim: int, kv_heads: int = 2,
         thresholds: tuple[float, float] = (0.7, 0.85), stored: tuple[int, ...] = (0, 1, 16, 100, 129, 700),
+        codecs: tuple[str, ...] = ("none",), most_reads: tuple[int, ...] = (),
     ) -> None:  # fmt: skip
         torch.manual_seed(0)
         if isa == "amx":
@@ -86,7 +93,9 @@ class Case:
             tokens = int(count[index])
             keys, values = torch.randn((2, kv_heads, tokens, head_dim)).to(dtype)
             taken = swap_blocks[index, : -(-tokens // SWAP_BLOCK_TOKENS)]
-            self.pool.write(LAYER, taken, keys, values)
+            codec = codecs[index % len(codecs)]
+            taken = taken[: self.pool.codecs[number_of(codec)].blocks_for(tokens)]
+            self.pool.write(LAYER, taken, keys, values, codec)
             # Old queries near and far from the new ones, so that every branch is taken.
             old = self.queries[row].view(kv_heads, group, head_dim).float()
             old = (old + torch.randn_like(old) * torch.rand((kv_heads, group, 1)) * 1.5).to(dtype)
@@ -106,6 +115,10 @@ class Case:
             gate=torch.arange(len(calibrated)) % len(Gate),
             swap_blocks=swap_blocks,
             stored=count,
+            codec=_taking_turns([number_of(codec) for codec in codecs], len(calibrated))
+            if codecs != ("none",)
+            else None,
+            most_reads=_taking_turns(most_reads, len(calibrated)) if most_reads else None,
         )
 
     def run(self, op: decode.DecodeOp, **more: Tensor) -> tuple[Tensor, StateTable]:

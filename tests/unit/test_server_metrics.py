@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -18,7 +19,7 @@ from vllm_calidrop_server.newest import Newest, newest
 
 
 def stats(engine: int, read: int = 1, **totals: Any) -> dict[str, Any]:
-    own = Totals(Shape(block_size=16, num_layers=2, num_kv_heads=1, num_query_heads=1, kv_bytes_per_token=4))
+    own = Totals(Shape(block_size=16, num_layers=2, num_kv_heads=1, num_query_heads=1, head_dim=1, dtype=torch.float16))
     vars(own).update(totals)
     return {
         "engine": engine,

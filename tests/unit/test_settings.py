@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import math
 import pickle
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from vllm_calidrop.cache.codecs import NAMES
 from vllm_calidrop.settings import (
     MAX_COUNT,
+    Codec,
     RequestSettings,
     ServerSettings,
     SettingsError,
@@ -32,6 +34,8 @@ TABLE: dict[str, Any] = {
     "kv_calibration": True,
     "kv_calibration_size": None,
     "kv_on_full": "full",
+    "kv_codec": "none",
+    "kv_read_budget": None,
     "kv_window": 32,
     "kv_pool_kernel": 5,
     "kv_sinks": 32,
@@ -42,7 +46,7 @@ TABLE: dict[str, Any] = {
     "kv_recall_top_p": None,
     "kv_recall_pages": 4,
 }
-NULLABLE = ("kv_budget", "kv_calibration_size", "kv_recall_top_p")
+NULLABLE = ("kv_budget", "kv_calibration_size", "kv_read_budget", "kv_recall_top_p")
 
 BAD: list[tuple[str, Any]] = [
     *[(name, value) for name in ("kv_budget", "kv_window") for value in (0, -1)],
@@ -79,7 +83,9 @@ BAD: list[tuple[str, Any]] = [
     *[("kv_recall_theta", value) for value in (True, "0.9", 2.1, -3, math.nan, math.inf)],
     *[("kv_recall_eps", value) for value in (True, "0", -0.1, 1.1, math.nan, math.inf)],
     *[("kv_recall_top_p", value) for value in (True, "0", 0, -0.1, 1.1, math.nan, math.inf)],
-    *[(name, 1) for name in ("kv_codec", "kv_read_budget", "kv_", "kv_budgets")],
+    *[("kv_codec", value) for value in ("", "int3", "INT8", 8, True, ["int8"])],
+    *[("kv_read_budget", value) for value in (-1, True, 1.5, "4", 2**62 + 1, 10**40, math.nan)],
+    *[(name, 1) for name in ("kv_", "kv_budgets")],
 ]
 
 
@@ -188,6 +194,21 @@ def test_what_a_record_means() -> None:
 def test_frozen() -> None:
     with pytest.raises(ValidationError):
         resolve_request({}, NO_DEFAULTS).kv_budget = 3  # type: ignore[misc]
+
+
+def test_codecs_are_those_of_the_registry() -> None:
+    for name in NAMES:
+        assert resolve_request({"kv_codec": name}, NO_DEFAULTS).kv_codec == name
+    assert get_args(Codec) == NAMES
+
+
+def test_read_budgets() -> None:
+    for budget in (0, 1, 2**40, 2**62, None):
+        assert resolve_request({"kv_read_budget": budget}, NO_DEFAULTS).kv_read_budget == budget
+    server = ServerSettings.from_additional_config({"calidrop": {"kv_codec": "int8", "kv_read_budget": 9}})
+    assert resolve_request({}, server).kv_read_budget == 9
+    assert resolve_request({"kv_read_budget": None}, server).kv_read_budget is None
+    assert resolve_request({"kv_read_budget": 3}, server).kv_codec == "int8"
 
 
 def test_names_that_are_not_ours_pass() -> None:

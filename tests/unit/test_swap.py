@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 from torch import Tensor
 
+from vllm_calidrop.cache.codecs import NAMES, number_of
 from vllm_calidrop.cache.layout import PAGE_TOKENS, SWAP_BLOCK_TOKENS, swap_blocks_for
 from vllm_calidrop.cache.swap import SwapLedger, SwapPool
 
@@ -128,6 +129,35 @@ def test_what_is_written_is_read(lengths: list[int], random: Any, dtype: torch.d
             expected_keys, expected_values = written[layer, sequence]
             assert torch.equal(keys[row, : lengths[sequence]], expected_keys[kv_head])
             assert torch.equal(values[row, : lengths[sequence]], expected_values[kv_head])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(NAMES), st.integers(1, 700)), min_size=2, max_size=5), st.integers(0, 99))
+def test_mixed_codecs_in_one_pool(runs: list[tuple[str, int]], seed: int) -> None:
+    """Runs of different codecs in scattered blocks; each is what its codec makes of it, as if it were alone."""
+    generator = torch.Generator().manual_seed(seed)
+    pool = SwapPool(LAYERS, 60, KV_HEADS, 16, torch.bfloat16)
+    pool.memory.random_(0, 256, generator=generator)
+    ids = torch.randperm(60, generator=generator).tolist()
+    written = []
+    for name, tokens in runs:
+        codec = pool.codecs[number_of(name)]
+        blocks = torch.tensor([ids.pop() for _ in range(codec.blocks_for(tokens))])
+        keys, values = torch.randn((2, KV_HEADS, tokens, 16), generator=generator).to(torch.bfloat16)
+        assert not pool.write(1, blocks, keys, values, name).any()
+        written.append((codec, blocks, keys, values))
+    for codec, blocks, keys, values in written:
+        heads, tokens = torch.arange(KV_HEADS), keys.shape[1]
+        read = pool.read(1, blocks.expand(KV_HEADS, -1), heads, number_of(codec.name))
+        alone = codec.decode(codec.encode(keys, values).blocks.flatten(0, 1))
+        for x, expected in zip(read, alone, strict=True):
+            assert torch.equal(x[:, :tokens], expected.reshape(x.shape)[:, :tokens])
+        page = (tokens - 1) // PAGE_TOKENS
+        block, within = blocks[page // codec.pages_per_block].expand(KV_HEADS), page % codec.pages_per_block
+        last = pool.read_pages(1, block, heads, torch.full((KV_HEADS,), within), number_of(codec.name))
+        count = tokens - page * PAGE_TOKENS
+        assert torch.equal(last[:, 0, :count], read[0][:, page * PAGE_TOKENS : tokens])
+        assert torch.equal(last[:, 1, :count], read[1][:, page * PAGE_TOKENS : tokens])
 
 
 def test_a_write_touches_its_own_blocks_and_layer_only() -> None:

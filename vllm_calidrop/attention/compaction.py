@@ -68,12 +68,15 @@ def compact(
     )
     if record.calibrated:
         evicted_keys, evicted_values = _take(keys, selection.evicted), _take(values, selection.evicted)
-        pool.write(layer, torch.tensor(record.swap_blocks), evicted_keys, evicted_values)
+        refused = pool.write(layer, torch.tensor(record.swap_blocks), evicted_keys, evicted_values, record.codec)
         if record.recall is not None:
             recall.put_sketch(layer, record, evicted_keys, keys)
         else:
             query = last_query.view(keys.shape[0], -1, keys.shape[-1])
             table.put(layer, record.slot, query, attention_state(query, evicted_keys, evicted_values, scale))
+        if refused.any():
+            table.refuse(layer, record.slot, refused)
+            recall.refuse(layer, record.slot, refused)
     kept_keys, kept_values = _take(keys, selection.kept), _take(values, selection.kept)
     position = torch.arange(record.prompt_len - record.budget, record.prompt_len)
     slots = row.blocks[position // cache.block_size].long() * cache.block_size + position % cache.block_size

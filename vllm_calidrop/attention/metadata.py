@@ -26,7 +26,9 @@ class DecodeRows:
     blocks: int32 [N, C], block-table columns from g on. start, end: int64 [N], the attended tokens among them.
     calibrated: int64 [M], indices of the rows that have a calibration state over all evicted KV; the next fields are
     for those: calibrated_slots int64 [M], theta1, theta2 float32 [M], gate int64 [M], swap_blocks int64 [M, W], stored
-    int64 [M]. recalled: the rows that recall by pages, None if there are none.
+    int64 [M]. recalled: the rows that recall by pages, None if there are none. codec: int64 [M], numbers of codecs,
+    None if all are `none`; most_reads: int64 [M], KV head groups a row may read in this layer, None if nobody has a
+    budget.
     """
 
     tokens: Tensor
@@ -43,6 +45,8 @@ class DecodeRows:
     swap_blocks: Tensor
     stored: Tensor
     recalled: RecallRows | None = None
+    codec: Tensor | None = None
+    most_reads: Tensor | None = None
     # What the native operator keeps from one layer of the step to the next.
     native: Any = None
 
@@ -161,6 +165,8 @@ class CaliDropMetadataBuilder(CPUAttentionMetadataBuilder):
             gate=sequences.gate[calibrated_slots],
             swap_blocks=sequences.swap_table[calibrated_slots],
             stored=stored,
+            codec=sequences.codecs_of(slots[calibrated]),
+            most_reads=sequences.most_reads_of(slots[calibrated]),
             recalled=sequences.recall_rows(recalled, torch.from_numpy(slots[recalls])) if len(recalled) else None,
         )
 

@@ -23,7 +23,8 @@ def view_start(prompt_len: int, budget: int, block_size: int) -> int:
 
 
 def swap_blocks_for(tokens: int) -> int:
-    """Swap blocks that hold `tokens` evicted tokens of every KV head and layer."""
+    """Blocks of SWAP_BLOCK_TOKENS that hold `tokens` evicted tokens of every KV head and layer: swap blocks without a
+    codec, sketch blocks always."""
     return -(-tokens // SWAP_BLOCK_TOKENS)
 
 

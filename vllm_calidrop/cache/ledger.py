@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
+from vllm_calidrop.cache.codecs import Codec, codec_of
+from vllm_calidrop.cache.full_pool import FullPool, Refusal
 from vllm_calidrop.cache.growth import certain_outputs, most_blocks
 from vllm_calidrop.cache.layout import (
-    PAGE_TOKENS,
     cacheable_hit,
     first_kept_block,
     pages_for,
@@ -39,7 +41,7 @@ _GROUP_READS, _PAGES_READ = COUNTERS.index("group_reads"), COUNTERS.index("pages
 
 @dataclass(frozen=True)
 class Shape:
-    """What the ledger must know of the model on one rank. kv_bytes_per_token: K and V of one KV head in one layer.
+    """What the ledger must know of the model on one rank. head_dim, dtype: of its KV cache.
 
     ranks: how many there are (tensor parallel).
     """
@@ -48,14 +50,24 @@ class Shape:
     num_layers: int
     num_kv_heads: int
     num_query_heads: int
-    kv_bytes_per_token: int
+    head_dim: int
+    dtype: torch.dtype
     ranks: int = 1
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """K and V of one KV head in one layer, in the cache's dtype."""
+        return 2 * self.head_dim * self.dtype.itemsize
+
+    def codec(self, name: str) -> Codec:
+        return codec_of(name, self.head_dim, self.dtype)
 
 
 @dataclass
 class Report:
     """What the answer's `calidrop` object says; counters accumulate over preemptions.
 
+    read_bytes: of one read: a KV head group's stored tokens, or a page where they are recalled by pages.
     counted, compacted: whether the request is in the engine's totals already. told: whether the API process has it as
     it is.
     """
@@ -66,6 +78,8 @@ class Report:
     mode: str
     reason: str | None
     stored: int
+    codec: str | None = None
+    read_bytes: int = 0
     by_pages: bool = False
     earlier_bytes: int = 0
     earlier: np.ndarray | None = None
@@ -85,12 +99,13 @@ class Report:
             counts[:, _PAGES_READ] = counts[:, _GROUP_READS] * pages_for(self.stored)
         return counts if self.earlier is None else counts + self.earlier
 
-    def bytes_read(self, shape: Shape) -> int:
-        """A page is read whole; where a KV head reads everything, without what its last page lacks."""
+    @property
+    def bytes_read(self) -> int:
+        """Encoded bytes, with all that is needed to decode them."""
         if self.current is None:
             return self.earlier_bytes
-        column, tokens = (_PAGES_READ, PAGE_TOKENS) if self.by_pages else (_GROUP_READS, self.stored)
-        return self.earlier_bytes + self.current.sums[column] * tokens * shape.kv_bytes_per_token
+        reads = self.current.sums[_PAGES_READ if self.by_pages else _GROUP_READS]
+        return self.earlier_bytes + reads * self.read_bytes
 
     @property
     def sums(self) -> list[int]:
@@ -103,16 +118,17 @@ class Report:
             sums[_PAGES_READ] = sums[_GROUP_READS] * pages_for(self.stored)
         return sums
 
-    def as_dict(self, shape: Shape, with_layers: bool) -> dict[str, Any]:
+    def as_dict(self, with_layers: bool) -> dict[str, Any]:
         report: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
             "kept": self.kept,
             "evicted": self.evicted,
             "mode": self.mode,
             "reason": self.reason,
+            "codec": self.codec,
         }
         report.update(zip(COUNTERS, self.sums, strict=True))
-        report["bytes_read"] = self.bytes_read(shape)
+        report["bytes_read"] = self.bytes_read
         if with_layers and (counts := self.counts) is not None:
             report["layers"] = dict(zip(COUNTERS, counts.T.tolist(), strict=True))
         return report
@@ -140,6 +156,7 @@ class Ledger:
         self.num_slots = num_slots
         self.prefill_state_limit = prefill_state_limit
         self.totals = Totals(shape)
+        self.full_pool = FullPool(self.totals)
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._admitted: dict[str, _Admitted] = {}
         self._reports: dict[str, Report] = {}
@@ -219,16 +236,23 @@ class Ledger:
             return 0
         return first_kept_block(request.num_prompt_tokens, settings.kv_budget, self.shape.block_size)
 
-    def admit(self, request: Request) -> None:
-        """Decide, reserve and report. `cancel` undoes it if vLLM then finds no blocks."""
+    def admit(self, request: Request) -> bool:
+        """Decide, reserve and report; False if the request waits or is refused (cache/full_pool.py).
+
+        `cancel` undoes it if vLLM then finds no blocks.
+        """
         assert request.request_id not in self._admitted
-        record, report = self._decide(request)
+        decided = None if self.full_pool.is_refused(request) else self._decide(request)
+        if decided is None:
+            return False
+        record, report = decided
         earlier = self._reports.get(request.request_id)
         if earlier is not None:
-            report.earlier, report.earlier_bytes = earlier.counts, earlier.bytes_read(self.shape)
+            report.earlier, report.earlier_bytes = earlier.counts, earlier.bytes_read
             report.counted, report.compacted = earlier.counted, earlier.compacted
         self._reports[request.request_id] = report
         self._admitted[request.request_id] = _Admitted(request, record)
+        return True
 
     def confirm(self, request: Request) -> None:
         """The admission stands: tell the workers in this step's records, and count a fallback."""
@@ -310,12 +334,18 @@ class Ledger:
     def report(self, request_id: str, finished: bool) -> dict[str, Any] | None:
         """The report so far; with the counters of every layer once the request is finished."""
         report = self._reports.get(request_id)
-        return report.as_dict(self.shape, with_layers=finished) if report else None
+        return report.as_dict(with_layers=finished) if report else None
 
     def forget_reports(self, alive: Any) -> None:
         """Drop reports of requests vLLM no longer knows (`alive`: a container of request ids)."""
         for request_id in [request_id for request_id in self._reports if request_id not in alive]:
             self.totals.ended(self._reports.pop(request_id))
+        self.full_pool.forget(alive)
+
+    def refusal_report(self, refusal: Refusal) -> dict[str, Any]:
+        """What the API process is told of a request that was refused."""
+        report = Report(refusal.prompt_tokens, kept=0, evicted=0, mode="refused", reason=refusal.reason, stored=0)
+        return report.as_dict(with_layers=False)
 
     def reports(self) -> list[Report]:
         """Of the requests that vLLM still knows, waiting ones included that were preempted."""
@@ -343,7 +373,7 @@ class Ledger:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _decide(self, request: Request) -> tuple[SequenceRecord | None, Report]:
+    def _decide(self, request: Request) -> tuple[SequenceRecord | None, Report] | None:
         prompt_len = request.num_prompt_tokens
         settings = settings_of(request)
         if settings is None or settings.kv_budget is None:
@@ -360,10 +390,17 @@ class Ledger:
         if swap_blocks is None or (stored and settings.kv_recall == "pages" and recall is None):
             lacking = "swap_full" if swap_blocks is None else "recall_full"
             self.swap.give_back(swap_blocks or ())
+            if settings.kv_on_full in ("wait", "reject"):
+                self.full_pool.hold(
+                    request, lacking, settings.kv_on_full == "reject", self._could_fit(settings, stored)
+                )
+                return None
             if settings.kv_on_full == "full":
                 return None, _kept_whole(prompt_len, lacking)
             stored, swap_blocks, reason = 0, (), lacking
 
+        codec, by_pages = self.shape.codec(settings.kv_codec), recall is not None
+        read_bytes = codec.page_read_bytes if by_pages else codec.run_bytes(stored)
         record = SequenceRecord(
             request_id=request.request_id,
             admission=next(self._admissions),
@@ -383,18 +420,33 @@ class Ledger:
             stored=stored,
             swap_blocks=swap_blocks,
             recall=recall,
+            codec=codec.name,
+            most_reads=self._most_reads(settings, read_bytes) if stored else None,
         )
-        mode = "calidrop" if stored else "evict"
         return record, Report(
-            prompt_len, settings.kv_budget, evicted, mode, reason, stored, by_pages=recall is not None
+            prompt_tokens=prompt_len,
+            kept=settings.kv_budget,
+            evicted=evicted,
+            mode="calidrop" if stored else "evict",
+            reason=reason,
+            stored=stored,
+            codec=codec.name if stored else None,
+            read_bytes=read_bytes,
+            by_pages=by_pages,
         )
+
+    def _most_reads(self, settings: RequestSettings, read_bytes: int) -> int | None:
+        """Reads of `read_bytes` that a layer may make in a step on one rank: the budget, split evenly over both."""
+        if settings.kv_read_budget is None:
+            return None
+        return settings.kv_read_budget // (self.shape.num_layers * self.shape.ranks * read_bytes)
 
     def _reserve(self, settings: RequestSettings, stored: int) -> tuple[tuple[int, ...] | None, RecallRecord | None]:
         """Swap blocks for `stored` tokens, and for recall by pages its sketch and buffer; None for what is lacking."""
-        swap_blocks = self.swap.take(swap_blocks_for(stored))
+        swap_blocks = self.swap.take(self.shape.codec(settings.kv_codec).blocks_for(stored))
         if not swap_blocks or settings.kv_recall != "pages":
             return swap_blocks, None
-        sketch_blocks = self.sketches.take(len(swap_blocks))
+        sketch_blocks = self.sketches.take(swap_blocks_for(stored))
         if sketch_blocks is None:
             return swap_blocks, None
         buffer_ids = self.buffers.take(settings.kv_recall_buffer)
@@ -409,6 +461,13 @@ class Ledger:
             sketch_blocks=sketch_blocks,
             buffer_ids=buffer_ids,
         )
+
+    def _could_fit(self, settings: RequestSettings, stored: int) -> bool:
+        """Whether empty pools would have room."""
+        needed = [(self.swap, self.shape.codec(settings.kv_codec).blocks_for(stored))]
+        if settings.kv_recall == "pages":
+            needed += [(self.sketches, swap_blocks_for(stored)), (self.buffers, settings.kv_recall_buffer)]
+        return all(count <= pool.num_blocks for pool, count in needed)
 
     def _prefill_state_bytes(self, policy: str, window: int, prompt_len: int) -> int:
         return prefill_state_bytes(self.shape, policy, window, prompt_len)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_calidrop.cache.layout import PAGE_TOKENS, PAGES_PER_BLOCK, SWAP_BLOCK_TOKENS
+from vllm_calidrop.cache.codecs import NAMES, codec_of, number_of
+from vllm_calidrop.cache.layout import PAGE_TOKENS, PAGES_PER_BLOCK
 
 
 class SwapLedger:
-    """Free list of a pool's ids. A swap block is SWAP_BLOCK_TOKENS tokens of every layer and KV head, on all ranks.
+    """Free list of a pool's ids. A swap block is a fixed number of bytes of every layer and KV head, on all ranks.
 
     The pools of recall by pages (sketch blocks, buffer pages) are owned the same way.
     """
@@ -36,42 +37,47 @@ class SwapLedger:
 class SwapPool:
     """Evicted KV of one worker.
 
-    pages: [layers, num_blocks, KV heads, pages per block, 2 (K, V), PAGE_TOKENS, head_dim] in the cache's dtype, so
-    that a page of a KV head is one contiguous run. Evicted tokens of a head lie in position order; each has its own.
-    Memory is reserved once and becomes resident when first written.
+    memory: uint8 [layers, num_blocks, KV heads, block_bytes]. A block of a KV head holds tokens of one run, encoded by
+    the run's codec: any free block serves any codec. pages: the same memory as codec `none` has it, [layers,
+    num_blocks, KV heads, pages per block, 2 (K, V), PAGE_TOKENS, head_dim] in the cache's dtype, so that a page of a KV
+    head is one contiguous run. Evicted tokens of a head lie in position order; each has its own.
+    Memory is reserved once and becomes resident when first written. codecs: by their numbers.
     """
 
     def __init__(self, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
-        self.pages = torch.empty(
-            (num_layers, num_blocks, num_kv_heads, PAGES_PER_BLOCK, 2, PAGE_TOKENS, head_dim), dtype=dtype
-        )
+        self.codecs = tuple(codec_of(name, head_dim, dtype) for name in NAMES)
+        shape = (num_layers, num_blocks, num_kv_heads)
+        self.memory = torch.empty((*shape, self.codecs[0].block_bytes), dtype=torch.uint8)
+        self.pages = self.memory.view(dtype).view(*shape, PAGES_PER_BLOCK, 2, PAGE_TOKENS, head_dim)
 
     @staticmethod
     def block_bytes(num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        return num_layers * num_kv_heads * SWAP_BLOCK_TOKENS * 2 * head_dim * dtype.itemsize
+        return num_layers * num_kv_heads * codec_of("none", head_dim, dtype).block_bytes
 
-    def write(self, layer: int, block_ids: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Store evicted KV [H, m, D] in blocks `block_ids` (int64 [ceil(m / SWAP_BLOCK_TOKENS)])."""
-        heads, tokens, head_dim = keys.shape
-        padded = block_ids.numel() * SWAP_BLOCK_TOKENS
-        kv = keys.new_zeros((heads, 2, padded, head_dim))
-        kv[:, 0, :tokens] = keys
-        kv[:, 1, :tokens] = values
-        kv = kv.view(heads, 2, block_ids.numel(), -1, PAGE_TOKENS, head_dim)
-        self.pages[layer, block_ids] = kv.permute(2, 0, 3, 1, 4, 5)
+    def write(self, layer: int, block_ids: Tensor, keys: Tensor, values: Tensor, codec: str = "none") -> Tensor:
+        """Store evicted KV [H, m, D] in blocks `block_ids` (int64, as many as the codec needs for m tokens).
 
-    def read(self, layer: int, block_ids: Tensor, kv_heads: Tensor) -> tuple[Tensor, Tensor]:
+        Returns bool [H]: the KV heads whose KV the codec refuses (`Encoded.refused`).
+        """
+        encoded = self.codecs[number_of(codec)].encode(keys, values)
+        self.memory[layer, block_ids] = encoded.blocks.transpose(0, 1)
+        return encoded.refused
+
+    def read(self, layer: int, block_ids: Tensor, kv_heads: Tensor, codec: int = 0) -> tuple[Tensor, Tensor]:
         """K and V [N, T, D] of N (sequence, KV head) pairs; block_ids: int64 [N, blocks], kv_heads: int64 [N].
 
-        T = blocks * SWAP_BLOCK_TOKENS; the caller masks what lies beyond a pair's own tokens.
+        T = blocks * tokens_per_block of the codec with this number; the caller masks what lies beyond a pair's own
+        tokens.
         """
-        pages = self.pages[layer][block_ids, kv_heads[:, None]]
-        pages = pages.permute(3, 0, 1, 2, 4, 5).flatten(2, 4)
-        return pages[0], pages[1]
+        blocks = self.memory[layer][block_ids, kv_heads[:, None]]
+        keys, values = self.codecs[codec].decode(blocks.flatten(0, 1))
+        return keys.reshape(len(kv_heads), -1, keys.shape[-1]), values.reshape(len(kv_heads), -1, values.shape[-1])
 
-    def read_pages(self, layer: int, block_ids: Tensor, kv_heads: Tensor, pages: Tensor) -> Tensor:
-        """Some pages, one contiguous run each: [X, 2 (K, V), PAGE_TOKENS, D].
+    def read_pages(self, layer: int, block_ids: Tensor, kv_heads: Tensor, pages: Tensor, codec: int = 0) -> Tensor:
+        """Some pages alone: [X, 2 (K, V), PAGE_TOKENS, D].
 
         block_ids, kv_heads: int64 [X]; pages: int64 [X], the page's number inside its block.
         """
-        return self.pages[layer][block_ids, kv_heads, pages]
+        memory = self.memory[layer]
+        first_bytes = (block_ids * memory.shape[1] + kv_heads) * memory.shape[2]
+        return self.codecs[codec].decode_pages(memory.flatten(), first_bytes, pages)

@@ -46,7 +46,7 @@ class Totals:
         """The step that compacted a prompt has been processed."""
         shape = self._shape
         heads = shape.num_kv_heads * shape.num_layers * shape.ranks
-        self.bytes_out += record.stored * heads * shape.kv_bytes_per_token
+        self.bytes_out += heads * shape.codec(record.codec).run_bytes(record.stored)
         if not report.compacted:
             report.compacted = True
             self.kept_tokens += report.kept
@@ -54,7 +54,7 @@ class Totals:
 
     def ended(self, report: Report) -> None:
         """A request is no longer known to vLLM."""
-        self.bytes_in += report.bytes_read(self._shape)
+        self.bytes_in += report.bytes_read
         counts = report.counts
         if counts is not None:
             self.layers += counts
@@ -65,7 +65,7 @@ class Totals:
             "kept_tokens": self.kept_tokens,
             "evicted_tokens": self.evicted_tokens,
             "bytes_out": self.bytes_out,
-            "bytes_in": self.bytes_in + sum(report.bytes_read(self._shape) for report in living),
+            "bytes_in": self.bytes_in + sum(report.bytes_read for report in living),
             "requests_by_mode": dict(self.by_mode),
             "fallbacks_by_reason": dict(self.fallbacks),
             "swap_waits": self.swap_waits,

@@ -2,8 +2,8 @@
 
 `get_attn_backend_cls` is wrapped so that CALIDROP resolves to our class on CPU; other platforms validate it themselves.
 `check_and_update_config` is wrapped because it is the one place that sees every finished VllmConfig, in the process the
-user started, before any memory or process is spent. This hook does not wait for an import: the other hooks' modules are
-looked for here, so that one that vLLM has renamed is an error and not a hook that never comes.
+user started, before any memory or process is spent; on CUDA as on CPU. The CPU hook does not wait for an import: the
+other hooks' modules are looked for here, so that one that vLLM has renamed is an error and not a hook that never comes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from vllm_calidrop.hooks.on_import import require_awaited_modules
+from vllm_calidrop.hooks.on_import import require_awaited_modules, when_imported
 from vllm_calidrop.hooks.wrap import hook_error, wrap_method
 from vllm_calidrop.registration import BACKEND_PATH
 from vllm_calidrop.selection import BACKEND_NAME, is_selected
@@ -30,6 +30,11 @@ def install() -> None:
         ("cls", "selected_backend", "attn_selector_config"),
     )
     wrap_method(CpuPlatform, "check_and_update_config", _check, ("cls", "vllm_config"))
+    when_imported("vllm.platforms.cuda", _wrap_cuda)
+
+
+def _wrap_cuda(module: Any) -> None:
+    wrap_method(module.CudaPlatformBase, "check_and_update_config", _check, ("cls", "vllm_config"))
 
 
 def _resolve_ours(original: Callable[..., str]) -> Callable[..., str]:
@@ -47,11 +52,13 @@ def _check(original: Callable[..., None]) -> Callable[..., None]:
     def check_and_update_config(cls: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         original(cls, vllm_config, *args, **kwargs)
         if is_selected(vllm_config):
-            from vllm_calidrop.settings import ServerSettings
-            from vllm_calidrop.support import refuse_config
+            from vllm_calidrop.settings import ServerSettings, resolve_request
+            from vllm_calidrop.support import refuse_config, refuse_platform, refuse_settings
 
             require_awaited_modules()
+            refuse_platform()
             refuse_config(vllm_config)
-            ServerSettings.from_additional_config(vllm_config.additional_config)
+            server = ServerSettings.from_additional_config(vllm_config.additional_config)
+            refuse_settings(resolve_request({}, server))
 
     return check_and_update_config

@@ -1,8 +1,8 @@
-"""The worker runs steps through two methods; both model runners are behind them.
+"""The worker runs steps through two methods, and ends through a third; both model runners are behind them.
 
 `execute_model`: the scheduler's records are taken over before the step, and the metadata builder may look at the worker
 only while a real step runs (profiling and dummy batches build metadata too). `sample_tokens`: the counters leave with
-the sampled tokens, without a synchronisation of their own.
+the sampled tokens, without a synchronisation of their own. `shutdown`: what is pinned is given back before vLLM's own.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ def _wrap(module: Any) -> None:
     Worker = module.Worker
     wrap_method(Worker, "execute_model", _run_step, ("self", "scheduler_output"))
     wrap_method(Worker, "sample_tokens", _send_counters, ("self", "grammar_output"))
+    wrap_method(Worker, "shutdown", _close_first, ("self",))
     Worker.calidrop = None
     Worker.calidrop_allocate = _allocate
 
@@ -34,6 +35,16 @@ def _allocate(self: Any, pools: Any) -> None:
 
     require_wrapped(type(self), "determine_available_memory")
     self.calidrop = make_worker(self, pools)
+
+
+def _close_first(original: Callable[..., None]) -> Callable[..., None]:
+    def shutdown(self: Any, *args: Any, **kwargs: Any) -> None:
+        ours, self.calidrop = self.calidrop, None
+        if ours is not None:
+            ours.close()
+        original(self, *args, **kwargs)
+
+    return shutdown
 
 
 def _run_step(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,7 +68,9 @@ def _send_counters(original: Callable[..., Any]) -> Callable[..., Any]:
         owners, counts = self.calidrop.step_counts()
         if not owners:
             return output
-        return _attach(output, owners, _sum_over_ranks(counts))
+        from vllm_calidrop.counters import PendingCounts
+
+        return _attach(output, owners, PendingCounts(_sum_over_ranks(counts)))
 
     return sample_tokens
 
@@ -72,19 +85,19 @@ def _sum_over_ranks(counts: Any) -> Any:
     return group.all_reduce(counts.float()).to(counts.dtype)
 
 
-def _attach(output: Any, owners: Any, counts: Any) -> Any:
+def _attach(output: Any, owners: Any, pending: Any) -> Any:
     from vllm.v1.outputs import AsyncModelRunnerOutput
 
     from vllm_calidrop.worker import counters_of
 
     if not isinstance(output, AsyncModelRunnerOutput):
-        setattr(output, COUNTERS_ATTRIBUTE, counters_of(owners, counts))
+        setattr(output, COUNTERS_ATTRIBUTE, counters_of(owners, pending.wait()))
         return output
-    return _pending_class()(output, owners, counts)
+    return _with_counters()(output, owners, pending)
 
 
 @cache
-def _pending_class() -> Any:
+def _with_counters() -> Any:
     from vllm.v1.outputs import AsyncModelRunnerOutput
 
     from vllm_calidrop.worker import counters_of
@@ -92,12 +105,12 @@ def _pending_class() -> Any:
     class WithCounters(AsyncModelRunnerOutput):
         """vLLM's pending output; the counters join it when its tokens have arrived."""
 
-        def __init__(self, output: Any, owners: Any, counts: Any) -> None:
-            self._output, self._owners, self._counts = output, owners, counts
+        def __init__(self, output: Any, owners: Any, pending: Any) -> None:
+            self._output, self._owners, self._pending = output, owners, pending
 
         def get_output(self) -> Any:
             finished = self._output.get_output()
-            setattr(finished, COUNTERS_ATTRIBUTE, counters_of(self._owners, self._counts))
+            setattr(finished, COUNTERS_ATTRIBUTE, counters_of(self._owners, self._pending.wait()))
             return finished
 
     return WithCounters

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from vllm_calidrop.attention.metadata import DecodeRows
 from vllm_calidrop.attention.ops.packed import PackedCache
-from vllm_calidrop.cache.layout import SWAP_BLOCK_TOKENS
 from vllm_calidrop.cache.swap import SwapPool
 from vllm_calidrop.calibration import AttentionState, attention_state, cosine, decide, merge_states
 from vllm_calidrop.policies import h2o
@@ -70,31 +69,50 @@ def _calibrate(
 ) -> AttentionState:
     """Gate, recompute, merge for the M rows with a calibration state; query [M, H, G, D]."""
     slots = rows.calibrated_slots
-    decision = decide(cosine(query, table.query[layer, slots]), rows.theta1, rows.theta2, rows.gate)
+    rho = cosine(query, table.query[layer, slots])
+    decision = decide(rho, rows.theta1, rows.theta2, rows.gate, rows.most_reads)
     table.count(layer, slots, decision)
 
     row, kv_head = torch.nonzero(decision.recompute.any(-1), as_tuple=True)
-    if row.numel():
-        blocks = -(-int(rows.stored[row].max()) // SWAP_BLOCK_TOKENS)
-        step = max(1, RECOMPUTE_TOKENS // (blocks * SWAP_BLOCK_TOKENS))
-        for start in range(0, row.numel(), step):
-            _recompute(rows, layer, query, decision.recompute, row[start : start + step], kv_head[start : start + step],
-                       blocks, pool, table, scale)  # fmt: skip
+    if rows.codec is None:
+        _recompute_all(rows, layer, query, decision.recompute, row, kv_head, 0, pool, table, scale)
+    else:
+        for codec in rows.codec[row].unique().tolist():
+            mine = rows.codec[row] == codec
+            _recompute_all(rows, layer, query, decision.recompute, row[mine], kv_head[mine], codec, pool, table, scale)
 
     uses_evicted = decision.recompute | decision.merge
     evicted = AttentionState(table.out[layer, slots], table.lse[layer, slots].masked_fill(~uses_evicted, -torch.inf))
     return merge_states(kept, evicted)
 
 
-def _recompute(
-    rows: DecodeRows, layer: int, query: Tensor, recompute: Tensor, row: Tensor, kv_head: Tensor, blocks: int,
+def _recompute_all(
+    rows: DecodeRows, layer: int, query: Tensor, recompute: Tensor, row: Tensor, kv_head: Tensor, codec: int,
     pool: SwapPool, table: StateTable, scale: float,
 ) -> None:  # fmt: skip
-    """Read the evicted KV of some (row, KV head) pairs and renew the states of the heads that asked for it."""
-    keys, values = pool.read(layer, rows.swap_blocks[row, :blocks], kv_head)
-    valid = torch.arange(keys.shape[1]) < rows.stored[row, None]
+    """Read the evicted KV of (row, KV head) pairs whose rows have the codec of this number, some pairs at a time."""
+    if not row.numel():
+        return
+    tokens = pool.codecs[codec].tokens_per_block
+    blocks = -(-int(rows.stored[row].max()) // tokens)
+    at_once = blocks if codec == 0 else 1  # what is decoded is a block of each pair, never all of it
+    step = max(1, RECOMPUTE_TOKENS // (at_once * tokens))
+    for pairs in zip(row.split(step), kv_head.split(step)):
+        _recompute(rows, layer, query, recompute, *pairs, codec, blocks, at_once, pool, table, scale)
+
+
+def _recompute(
+    rows: DecodeRows, layer: int, query: Tensor, recompute: Tensor, row: Tensor, kv_head: Tensor, codec: int,
+    blocks: int, at_once: int, pool: SwapPool, table: StateTable, scale: float,
+) -> None:  # fmt: skip
+    """Renew the states of the heads that asked for it, over `blocks` swap blocks of each pair."""
     asked = query[row, kv_head]
-    state = attention_state(asked, keys, values, scale, valid)
+    state = AttentionState(torch.zeros(asked.shape), torch.full(asked.shape[:-1], -torch.inf))
+    for first in range(0, blocks, at_once):
+        keys, values = pool.read(layer, rows.swap_blocks[row, first : first + at_once], kv_head, codec)
+        token = first * pool.codecs[codec].tokens_per_block + torch.arange(keys.shape[1])
+        part = attention_state(asked, keys, values, scale, token < rows.stored[row, None])
+        state = part if at_once == blocks else merge_states(state, part)
     pair, head = torch.nonzero(recompute[row, kv_head], as_tuple=True)
     where = (layer, rows.calibrated_slots[row[pair]], kv_head[pair], head)
     table.query[where] = asked[pair, head]

@@ -7,10 +7,13 @@ merged until the next look; with one the pages themselves stay and are attended 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from vllm_calidrop.cache.layout import PAGE_TOKENS, PAGES_PER_BLOCK, SWAP_BLOCK_TOKENS, swap_blocks_for
+from vllm_calidrop.cache.layout import PAGE_TOKENS, SWAP_BLOCK_TOKENS, swap_blocks_for
 from vllm_calidrop.cache.swap import SwapPool
 from vllm_calidrop.calibration import AttentionState, attention_state, cosine, merge_states
 from vllm_calidrop.recall.buffer import is_held, renew
@@ -59,38 +62,83 @@ def _recalled_state(
     table.lse[layer, slots] = table.lse[layer, slots].masked_fill(has_buffer.unsqueeze(-1), -torch.inf)
 
     pages_read = torch.zeros_like(looks, dtype=torch.int64)
+    skipped = None
     row, kv_head = torch.nonzero(looks, as_tuple=True)
     if row.numel():
-        blocks = swap_blocks_for(int(rows.stored.max()))
-        step = max(1, LOOK_TOKENS // (blocks * SWAP_BLOCK_TOKENS))
-        for some in zip(row.split(step), kv_head.split(step)):
-            pages_read[some] = _look(rows, layer, *some, blocks, query[some], kept_lse[some], pool, table, store, scale)
+        step = max(1, LOOK_TOKENS // (swap_blocks_for(int(rows.stored.max())) * SWAP_BLOCK_TOKENS))
+        pairs = list(zip(row.split(step), kv_head.split(step)))
+        found = [_look(rows, layer, *some, query[some], kept_lse[some], store, scale) for some in pairs]
+        if rows.most_reads is not None:
+            found, skipped = _within_budget(rows, layer, row, kv_head, found, store)
+        for some, look in zip(pairs, found):
+            pages_read[some] = _read(rows, layer, *some, look.wanted, query[some], pool, table, store, scale)
 
     recalled = AttentionState(table.out[layer, slots], table.lse[layer, slots])
     if buffered is not None:
         recalled = merge_states(recalled, buffered)
-    table.count_recall(layer, slots, looks, ~looks.unsqueeze(-1) & (recalled.lse > -torch.inf), pages_read)
+    table.count_recall(layer, slots, looks, ~looks.unsqueeze(-1) & (recalled.lse > -torch.inf), pages_read, skipped)
     return recalled
 
 
+class Look(NamedTuple):
+    """What N (row, KV head) pairs want: pages int64 [N, K], largest share first, -1 for none; share: float32 [N, K]."""
+
+    wanted: Tensor
+    share: Tensor
+
+
 def _look(
-    rows: RecallRows, layer: int, row: Tensor, kv_head: Tensor, blocks: int, query: Tensor, kept_lse: Tensor,
-    pool: SwapPool, table: StateTable, store: RecallStore, scale: float,
-) -> Tensor:  # fmt: skip
-    """Look for N (row, KV head) pairs: query [N, G, D], kept_lse [N, G]. Stores the state over the pages read and puts
-    these into the pair's buffer. Returns how many were read, int64 [N]."""
-    slots, stored = rows.slots[row], rows.stored[row]
-    sketch = store.sketch(layer, slots, rows.sketch_blocks[row, :blocks], kv_head)
-    shares = page_shares(estimate(query, *sketch) * scale, stored, kept_lse)
+    rows: RecallRows, layer: int, row: Tensor, kv_head: Tensor, query: Tensor, kept_lse: Tensor, store: RecallStore,
+    scale: float,
+) -> Look:  # fmt: skip
+    """Look at the sketch for N (row, KV head) pairs: query [N, G, D], kept_lse [N, G]."""
+    blocks = swap_blocks_for(int(rows.stored.max()))
+    sketch = store.sketch(layer, rows.slots[row], rows.sketch_blocks[row, :blocks], kv_head)
+    shares = page_shares(estimate(query, *sketch) * scale, rows.stored[row], kept_lse)
     wanted = wanted_pages(shares, rows.eps[row], rows.top_p[row], rows.most[row])
+    return Look(wanted, shares.amax(1).gather(1, wanted.clamp_min(0)))
+
+
+def _within_budget(
+    rows: RecallRows, layer: int, row: Tensor, kv_head: Tensor, found: list[Look], store: RecallStore
+) -> tuple[list[Look], Tensor]:
+    """Of all pages that a row would read in this layer, the `most_reads` of largest share, ties to the lower KV head.
+
+    The others are wanted by nobody. Also returns how many those are, int64 [M].
+    """
+    assert rows.most_reads is not None
+    columns = max(look.wanted.shape[1] for look in found)
+    grow = [(0, columns - look.wanted.shape[1]) for look in found]
+    wanted = torch.cat([pad(look.wanted, by, value=-1) for look, by in zip(found, grow)])
+    share = torch.cat([pad(look.share, by) for look, by in zip(found, grow)])
+    held = _held(rows, row, store.held[layer, rows.buffer_ids[row], kv_head[:, None]])
+    pair, column = torch.nonzero((wanted >= 0) & ~is_held(wanted, held), as_tuple=True)
+
+    # Pairs lie row by row, so a stable sort by share and then by row leaves each row's pages in order of share.
+    order = share[pair, column].argsort(descending=True, stable=True)
+    order = order[row[pair[order]].argsort(stable=True)]
+    owner = row[pair[order]]
+    place = torch.arange(len(owner)) - torch.searchsorted(owner, owner)
+    beyond = order[place >= rows.most_reads[owner]]
+    wanted[pair[beyond], column[beyond]] = -1
+    skipped = torch.bincount(row[pair[beyond]], minlength=len(rows.rows))
+    parts = [len(look.wanted) for look in found]
+    return [Look(*part) for part in zip(wanted.split(parts), share.split(parts))], skipped
+
+
+def _read(
+    rows: RecallRows, layer: int, row: Tensor, kv_head: Tensor, wanted: Tensor, query: Tensor, pool: SwapPool,
+    table: StateTable, store: RecallStore, scale: float,
+) -> Tensor:  # fmt: skip
+    """Read the wanted pages of N (row, KV head) pairs that their buffers do not hold; query [N, G, D]. Stores the state
+    over the pages read and puts these into the pair's buffer. Returns how many were read, int64 [N]."""
+    slots, stored = rows.slots[row], rows.stored[row]
     buffer_ids = rows.buffer_ids[row]
     held = _held(rows, row, store.held[layer, buffer_ids, kv_head[:, None]])
     read = (wanted >= 0) & ~is_held(wanted, held)
 
     pair, column = torch.nonzero(read, as_tuple=True)
-    page = wanted[pair, column]
-    block_ids = rows.swap_blocks[row[pair], page // PAGES_PER_BLOCK]
-    kv = pool.read_pages(layer, block_ids, kv_head[pair], page % PAGES_PER_BLOCK)
+    kv = _pages(rows, layer, row[pair], kv_head[pair], wanted[pair, column], pool)
     padded = kv.new_zeros((*wanted.shape, *kv.shape[1:]))
     padded[pair, column] = kv
     state = _state_over(query, padded, torch.where(read, wanted, -1), stored, scale)
@@ -106,8 +154,27 @@ def _look(
         store.held[own], store.rank[own] = renewal.held[mine], renewal.rank[mine]
         put = renewal.place[pair, column] >= 0
         place = renewal.place[pair, column][put]
-        store.buffer[layer, buffer_ids[pair[put], place], kv_head[pair[put]]] = kv[put]
+        store.buffer[layer, buffer_ids[pair[put], place], kv_head[pair[put]]] = kv[put].to(store.buffer.dtype)
     return read.sum(-1)
+
+
+def _pages(rows: RecallRows, layer: int, row: Tensor, kv_head: Tensor, page: Tensor, pool: SwapPool) -> Tensor:
+    """Some pages [X, 2, PAGE_TOKENS, D]; row, kv_head, page: int64 [X], the page counted from the run's first."""
+
+    def read(row: Tensor, kv_head: Tensor, page: Tensor, codec: int) -> Tensor:
+        per_block = pool.codecs[codec].pages_per_block
+        block_ids = rows.swap_blocks[row, page // per_block]
+        return pool.read_pages(layer, block_ids, kv_head, page % per_block, codec)
+
+    if rows.codec is None:
+        return read(row, kv_head, page, 0)
+    codecs = rows.codec[row]
+    head_dim = pool.codecs[0].head_dim
+    pages = torch.empty((len(page), 2, PAGE_TOKENS, head_dim), dtype=torch.float32)
+    for codec in codecs.unique().tolist():
+        mine = codecs == codec
+        pages[mine] = read(row[mine], kv_head[mine], page[mine], codec).float()
+    return pages
 
 
 def _buffered_state(

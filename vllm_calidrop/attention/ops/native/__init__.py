@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vllm_calidrop.attention.metadata import DecodeRows
 from vllm_calidrop.attention.ops import cpu
-from vllm_calidrop.attention.ops.native import build
+from vllm_calidrop.attention.ops.native import build, codecs
 from vllm_calidrop.attention.ops.packed import PackedCache, block_offsets
 from vllm_calidrop.cache.swap import SwapPool
 from vllm_calidrop.state_table import StateTable
@@ -41,9 +41,9 @@ class _Arguments(ctypes.Structure):
         ("calibrated_rows", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("calibrated", "slots", "theta1", "theta2", "gate", "swap_blocks")),
         ("swap_stride", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("stored", "pages")),
-        ("pages_per_block", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("state_query", "state_out", "state_lse", "counts")),
+        *((name, ctypes.c_void_p) for name in ("stored", "codec", "most_reads", "pages")),
+        *((name, ctypes.c_int64) for name in ("pages_per_block", "block_bytes")),
+        *((name, ctypes.c_void_p) for name in ("codecs", "state_query", "state_out", "state_lse", "counts")),
         ("counts_stride", ctypes.c_int64),
     ]
 
@@ -179,6 +179,8 @@ def _arguments_of(rows: DecodeRows) -> Any:
         swap_blocks=rows.swap_blocks.data_ptr(),
         swap_stride=rows.swap_blocks.stride(0),
         stored=rows.stored.data_ptr(),
+        codec=None if rows.codec is None else rows.codec.data_ptr(),
+        most_reads=None if rows.most_reads is None else rows.most_reads.data_ptr(),
     )
     return arguments
 
@@ -196,7 +198,8 @@ def _fill_layer(
     arguments.cache = cache.tensor.data_ptr()
     arguments.block_stride, arguments.head_stride = cache.tensor.stride(0), cache.tensor.stride(1)
     arguments.pages = pool.pages.data_ptr() + layer * pool.pages.stride(0) * pool.pages.itemsize
-    arguments.pages_per_block = pool.pages.shape[3]
+    arguments.pages_per_block, arguments.block_bytes = pool.pages.shape[3], pool.memory.shape[3]
+    arguments.codecs = ctypes.addressof(codecs.layouts(cache.head_dim, cache.tensor.dtype))
     arguments.state_query = table.query.data_ptr() + layer * table.query.stride(0) * table.query.itemsize
     arguments.state_out = table.out.data_ptr() + layer * table.out.stride(0) * table.out.itemsize
     arguments.state_lse = table.lse.data_ptr() + layer * table.lse.stride(0) * table.lse.itemsize

@@ -215,9 +215,10 @@ struct Workspace {
 template <class T>
 class Attention {
  public:
-  // query: [heads, D] fp32; out: [heads, D], lse: [heads], complete after finish(). width: tokens of a tile.
+  // query: [heads, D] fp32; out: [heads, D], lse: [heads], complete after finish(). width: tokens of a tile; at_once:
+  // tokens after which the tiles that were added are no longer needed.
   Attention(Workspace<T>& space, const float* query, int heads, int head_dim, float scale, int width, float* out,
-            float* lse)
+            float* lse, int at_once = kChunkTokens)
       : query_(query),
         heads_(heads),
         head_dim_(head_dim),
@@ -229,7 +230,7 @@ class Attention {
         top_(space.top),
         total_(space.total),
         tiles_(space.tiles) {
-    per_chunk_ = std::max(1, kChunkTokens / width);
+    per_chunk_ = std::max(1, at_once / width);
     stride_ = long(per_chunk_) * width;
     if (long(weights_.size()) < heads * stride_) weights_.resize(heads * stride_);
     top_.assign(heads, -kInf);

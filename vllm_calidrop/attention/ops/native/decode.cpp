@@ -2,12 +2,14 @@
 // The meaning is ops/cpu.py's; the arithmetic of the gate is calibration.py's.
 
 #include "attend.h"
+#include "codecs.h"
 
 namespace calidrop {
 namespace {
 
 constexpr int kPageTokens = 16;
 constexpr int kCounters = 4;  // recomputes, merges, plain, group_reads
+constexpr int kSkipped = 5;
 enum Gate { kGroup = 0, kHead = 1, kGroupMean = 2 };
 
 }  // namespace
@@ -36,9 +38,13 @@ extern "C" struct Arguments {
   const int64_t* swap_blocks;
   int64_t swap_stride;
   const int64_t* stored;
-  // This layer's part of the swap pool [blocks, kv_heads, pages, 2, 16, D].
+  const int64_t* codec;       // numbers of codecs; null: all are none
+  const int64_t* most_reads;  // KV heads whose evicted KV a row may read; null: all
+  // This layer's part of the swap pool: [blocks, kv_heads] blocks of block_bytes; of codec none they are
+  // [pages, 2, 16, D].
   const void* pages;
-  int64_t pages_per_block;
+  int64_t pages_per_block, block_bytes;
+  const CodecLayout* codecs;  // by their numbers
   // This layer's part of the state table: [slots, kv_heads, group(, D)]; counts by slots of counts_stride.
   void* state_query;
   float *state_out, *state_lse;
@@ -60,10 +66,13 @@ struct Scratch {
         renewed_lse(a.group),
         rho(a.group),
         recompute(a.group),
-        merge(a.group) {}
+        merge(a.group),
+        decoded(a.codec ? kDecodedPages * 2 * kPageTokens * a.head_dim : 0) {}
   std::vector<float> query, out, asked, renewed, lse, renewed_lse, rho;
   std::vector<char> recompute, merge;
+  std::vector<float> decoded;
   Workspace<T> space;
+  Workspace<float> decoded_space;
 };
 
 template <class T>
@@ -77,15 +86,16 @@ float cosine(const float* a, const T* b, int n) {
   return sum(ab) / std::max(norms, std::numeric_limits<float>::min());
 }
 
+// barred: the read budget keeps the group from recomputing.
 template <class T>
-void decide(Scratch<T>& s, int group, float theta1, float theta2, int64_t gate) {
+void decide(Scratch<T>& s, int group, float theta1, float theta2, int64_t gate, bool barred) {
   float low = kInf, mean = 0;
   for (int h = 0; h < group; h++) low = std::min(low, s.rho[h]), mean += s.rho[h];
   mean /= group;
   for (int h = 0; h < group; h++) {
     const float for_recompute = gate == kGroup ? low : gate == kHead ? s.rho[h] : mean;
     const float for_merge = gate == kGroupMean ? mean : s.rho[h];
-    s.recompute[h] = for_recompute < theta1;
+    s.recompute[h] = !barred && for_recompute < theta1;
     s.merge[h] = !s.recompute[h] && for_merge > theta2;
   }
 }
@@ -123,6 +133,28 @@ void attend_evicted(const Arguments& a, int64_t index, int64_t kv_head, int head
   attention.template finish<kKeyPlain, kValuePlain>();
 }
 
+// The same of encoded tokens: some pages at a time are decoded and attended.
+template <class T>
+void attend_encoded(const Arguments& a, int64_t index, int64_t kv_head, int heads, Scratch<T>& s) {
+  const int head_dim = int(a.head_dim);
+  const int64_t stored = a.stored[index], page_elements = 2 * kPageTokens * head_dim;
+  const int64_t* blocks = a.swap_blocks + index * a.swap_stride;
+  const CodecLayout& layout = a.codecs[a.codec[index]];
+  PageDecoder<T> decoder(layout, head_dim);
+  Attention<float> attention(s.decoded_space, s.asked.data(), heads, head_dim, float(a.scale), kPageTokens,
+                             s.renewed.data(), s.renewed_lse.data(), kDecodedPages * kPageTokens);
+  for (int64_t first = 0; first < stored; first += kPageTokens) {
+    const int64_t page = first / kPageTokens, block = blocks[page / layout.pages_per_block];
+    float* keys = s.decoded.data() + page % kDecodedPages * page_elements;
+    float* values = keys + kPageTokens * head_dim;
+    decoder.decode((const uint8_t*)a.pages + (block * a.kv_heads + kv_head) * a.block_bytes,
+                   page % layout.pages_per_block, keys, values);
+    attention.template add<kKeyPlain, kValuePlain>(
+        {keys, values, 0, int(std::min<int64_t>(stored - first, kPageTokens))});
+  }
+  attention.template finish<kKeyPlain, kValuePlain>();
+}
+
 template <class T>
 void recompute(const Arguments& a, int64_t index, int64_t kv_head, const T* query, int64_t state, Scratch<T>& s) {
   const int head_dim = int(a.head_dim), group = int(a.group);
@@ -131,7 +163,10 @@ void recompute(const Arguments& a, int64_t index, int64_t kv_head, const T* quer
     if (s.recompute[h])
       std::copy_n(s.query.data() + h * head_dim, head_dim, s.asked.data() + asking++ * head_dim);
   if (!asking) return;
-  attend_evicted<T>(a, index, kv_head, asking, s);
+  if (a.codec && a.codec[index])
+    attend_encoded<T>(a, index, kv_head, asking, s);
+  else
+    attend_evicted<T>(a, index, kv_head, asking, s);
   for (int h = 0, from = 0; h < group; h++)
     if (s.recompute[h]) {
       std::copy_n(query + h * head_dim, head_dim, (T*)a.state_query + (state + h) * head_dim);
@@ -160,12 +195,60 @@ void merge_into(float* out, float& lse, const float* other, float other_lse, int
 }
 
 template <class T>
-void calibrate(const Arguments& a, int64_t index, int64_t kv_head, const T* query, Scratch<T>& s, float* out) {
+void load_query(const Arguments& a, int64_t row, int64_t kv_head, Scratch<T>& s) {
+  const int64_t elements = a.group * a.head_dim;
+  const T* query = (const T*)a.query + row * a.query_stride + kv_head * elements;
+  for (int64_t i = 0; i < elements; i++) s.query[i] = to_float(query[i]);
+}
+
+// Similarities and decisions of a KV head, from the queries in the scratch.
+template <class T>
+void decide(const Arguments& a, int64_t index, int64_t kv_head, bool barred, Scratch<T>& s) {
   const int head_dim = int(a.head_dim), group = int(a.group);
-  const int64_t slot = a.slots[index], state = (slot * a.kv_heads + kv_head) * group;
+  const int64_t state = (a.slots[index] * a.kv_heads + kv_head) * group;
   for (int h = 0; h < group; h++)
     s.rho[h] = cosine(s.query.data() + h * head_dim, (const T*)a.state_query + (state + h) * head_dim, head_dim);
-  decide(s, group, a.theta1[index], a.theta2[index], a.gate[index]);
+  decide(s, group, a.theta1[index], a.theta2[index], a.gate[index], barred);
+}
+
+// Which KV heads of the calibrated rows the read budget keeps from recomputing, [calibrated_rows, kv_heads]: all that
+// want but the most_reads of lowest similarity, ties to the lower head. Empty without budgets.
+template <class T>
+std::vector<char> over_budget(const Arguments& a) {
+  std::vector<char> barred(a.most_reads ? a.calibrated_rows * a.kv_heads : 0);
+  if (barred.empty()) return barred;
+  Scratch<T> s(a);
+  std::vector<std::pair<float, int64_t>> wants;
+  for (int64_t i = 0; i < a.calibrated_rows; i++) {
+    if (a.most_reads[i] >= a.kv_heads) continue;
+    wants.clear();
+    for (int64_t head = 0; head < a.kv_heads; head++) {
+      load_query(a, a.calibrated[i], head, s);
+      decide(a, i, head, false, s);
+      if (std::find(s.recompute.begin(), s.recompute.end(), char(1)) == s.recompute.end()) continue;
+      float similarity = *std::min_element(s.rho.begin(), s.rho.end());
+      if (a.gate[i] == kGroupMean) {
+        similarity = 0;
+        for (const float rho : s.rho) similarity += rho;
+        similarity /= a.group;
+      }
+      wants.push_back({similarity, head});
+    }
+    std::sort(wants.begin(), wants.end());
+    for (size_t j = a.most_reads[i]; j < wants.size(); j++) {
+      barred[i * a.kv_heads + wants[j].second] = 1;
+      a.counts[a.slots[i] * a.counts_stride + kSkipped]++;
+    }
+  }
+  return barred;
+}
+
+template <class T>
+void calibrate(const Arguments& a, int64_t index, int64_t kv_head, bool barred, const T* query, Scratch<T>& s,
+               float* out) {
+  const int head_dim = int(a.head_dim), group = int(a.group);
+  const int64_t slot = a.slots[index], state = (slot * a.kv_heads + kv_head) * group;
+  decide(a, index, kv_head, barred, s);
   count(a, slot, s);
   recompute(a, index, kv_head, query, state, s);
   for (int h = 0; h < group; h++)
@@ -178,6 +261,7 @@ void decode(const Arguments& a) {
   const int64_t pairs = a.rows * a.kv_heads, elements = a.group * a.head_dim;
   std::vector<int64_t> index_of(a.rows, -1);
   for (int64_t i = 0; i < a.calibrated_rows; i++) index_of[a.calibrated[i]] = i;
+  const std::vector<char> barred = over_budget<T>(a);
 #pragma omp parallel num_threads(int(a.threads)) if (a.threads > 1 && pairs > 1)
   {
     Scratch<T> s(a);
@@ -186,9 +270,11 @@ void decode(const Arguments& a) {
       const int64_t row = pair / a.kv_heads, kv_head = pair % a.kv_heads;
       const T* query = (const T*)a.query + row * a.query_stride + kv_head * elements;
       float* out = s.out.data();
-      for (int64_t i = 0; i < elements; i++) s.query[i] = to_float(query[i]);
+      load_query(a, row, kv_head, s);
       attend_kept<T, K, V>(a, row, kv_head, s, out);
-      if (index_of[row] >= 0) calibrate<T>(a, index_of[row], kv_head, query, s, out);
+      const int64_t index = index_of[row];
+      if (index >= 0)
+        calibrate<T>(a, index, kv_head, !barred.empty() && barred[index * a.kv_heads + kv_head], query, s, out);
       const int64_t place = row * a.out_stride + kv_head * elements;
       if (a.out_float32)
         std::copy_n(out, elements, (float*)a.out + place);

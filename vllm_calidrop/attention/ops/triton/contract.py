@@ -12,6 +12,8 @@ allocated, grids depend on shapes alone, so a step can be captured in a CUDA gra
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -101,10 +103,12 @@ class Scratch(NamedTuple):
 # KV head) pair, whatever the batch.
 PROGRAMS = 8 if triton.knobs.runtime.interpret else 512
 MAX_SPLITS = 32
+# Evicted tokens are split at least so often: usually few of the pairs read, and those few have to fill the bus alone.
+EVICTED_SPLITS = 1 if triton.knobs.runtime.interpret else 8
 
 
 def splits_for(rows: int, kv_heads: int) -> int:
-    """Splits of each (row, KV head) pair's tokens, for kept and for evicted tokens: a power of two.
+    """Splits of each (row, KV head) pair's kept tokens: a power of two.
 
     By the size of the batch alone, never by lengths: a split takes the same share of however many tokens a row has.
     """
@@ -112,36 +116,47 @@ def splits_for(rows: int, kv_heads: int) -> int:
     return min(MAX_SPLITS, 1 << max(0, wanted.bit_length() - 1))
 
 
+def evicted_splits_for(rows: int, kv_heads: int) -> int:
+    """The same for its evicted tokens."""
+    return max(EVICTED_SPLITS, splits_for(rows, kv_heads))
+
+
+def _most(rows: int, kv_heads: int, splits: Callable[[int, int], int]) -> int:
+    """Partial states per query head of a KV head of the batch size, up to `rows`, that has the most of them."""
+    return max(n * splits(n, kv_heads) for n in range(1, rows + 1)) * kv_heads
+
+
 def scratch_bytes(rows: int, kv_heads: int, group: int, head_dim: int) -> int:
     """Bytes of `make_scratch` for any batch of up to `rows` rows."""
-    most = max(n * splits_for(n, kv_heads) for n in range(1, rows + 1))
-    return kv_heads * group * (2 * most * (head_dim + 1) * 4 + rows * 4)
+    states = _most(rows, kv_heads, splits_for) + _most(rows, kv_heads, evicted_splits_for)
+    return group * 4 * (states * (head_dim + 1) + rows * kv_heads)
 
 
 def make_scratch(rows: int, kv_heads: int, group: int, head_dim: int, device: torch.device | str) -> Scratch:
     """Scratch for batches of up to `rows` rows; `view_scratch` gives the part that one batch size uses.
 
-    Its tensors are flat here: [rows x splits x Hq x D] is largest for some batch size below `rows`.
+    Its tensors are flat here: [rows x Hq x splits x D] is largest for some batch size below `rows`.
     """
-    most = max(n * splits_for(n, kv_heads) for n in range(1, rows + 1)) * kv_heads * group
+    kept = _most(rows, kv_heads, splits_for) * group
+    evicted = _most(rows, kv_heads, evicted_splits_for) * group
     return Scratch(
-        kept_out=torch.empty(most * head_dim, dtype=torch.float32, device=device),
-        kept_lse=torch.empty(most, dtype=torch.float32, device=device),
-        evicted_out=torch.empty(most * head_dim, dtype=torch.float32, device=device),
-        evicted_lse=torch.empty(most, dtype=torch.float32, device=device),
+        kept_out=torch.empty(kept * head_dim, dtype=torch.float32, device=device),
+        kept_lse=torch.empty(kept, dtype=torch.float32, device=device),
+        evicted_out=torch.empty(evicted * head_dim, dtype=torch.float32, device=device),
+        evicted_lse=torch.empty(evicted, dtype=torch.float32, device=device),
         decision=torch.empty(rows * kv_heads * group, dtype=torch.int32, device=device),
     )
 
 
 def view_scratch(scratch: Scratch, rows: int, kv_heads: int, group: int, head_dim: int, splits: int = 0) -> Scratch:
-    """The scratch of a batch of `rows` rows, as `Scratch` says. splits: `splits_for` unless given (not above it)."""
-    splits = splits or splits_for(rows, kv_heads)
-    shape = (rows, kv_heads * group, splits)
-    elements = rows * kv_heads * group * splits
+    """The scratch of a batch of `rows` rows, as `Scratch` says. splits: of both, not above theirs; 0: theirs."""
+    heads = kv_heads * group
+    kept = (rows, heads, splits or splits_for(rows, kv_heads))
+    evicted = (rows, heads, splits or evicted_splits_for(rows, kv_heads))
     return Scratch(
-        kept_out=scratch.kept_out[: elements * head_dim].view(*shape, head_dim),
-        kept_lse=scratch.kept_lse[:elements].view(shape),
-        evicted_out=scratch.evicted_out[: elements * head_dim].view(*shape, head_dim),
-        evicted_lse=scratch.evicted_lse[:elements].view(shape),
-        decision=scratch.decision[: rows * kv_heads * group].view(rows, kv_heads * group),
+        kept_out=scratch.kept_out[: math.prod(kept) * head_dim].view(*kept, head_dim),
+        kept_lse=scratch.kept_lse[: math.prod(kept)].view(kept),
+        evicted_out=scratch.evicted_out[: math.prod(evicted) * head_dim].view(*evicted, head_dim),
+        evicted_lse=scratch.evicted_lse[: math.prod(evicted)].view(evicted),
+        decision=scratch.decision[: rows * heads].view(rows, heads),
     )

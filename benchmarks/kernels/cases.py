@@ -1,13 +1,19 @@
-"""A batch of rows with everything around the attended tokens NaN, in any layout, and what it must come to."""
+"""A batch of rows with everything around the attended tokens NaN, in any layout, and what it must come to.
+
+Cases are made on the CPU from a seed, so they are the same everywhere, and then moved. The tests under Triton's
+interpreter use them too.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vllm_calidrop.attention.ops.gpu import DecodeStep
 from vllm_calidrop.attention.ops.triton import (
     KVCache,
     Rows,
@@ -18,10 +24,11 @@ from vllm_calidrop.attention.ops.triton import (
 )
 from vllm_calidrop.cache.layout import SWAP_BLOCK_TOKENS
 from vllm_calidrop.cache.swap import SwapPool
-from vllm_calidrop.calibration import AttentionState, attention_state, cosine, decide, merge_states
+from vllm_calidrop.calibration import AttentionState, Gate, attention_state, cosine, decide, merge_states
 from vllm_calidrop.records import COUNTERS
 from vllm_calidrop.state_table import StateTable
 
+Attend = Callable[[Tensor, Tensor, Tensor, float], AttentionState]
 LAYERS, LAYER = 2, 1
 STRANGE = 999_999  # a block that does not exist: reading it is an error, or garbage
 
@@ -51,7 +58,7 @@ class Shape(NamedTuple):
 
 
 class Row(NamedTuple):
-    """end = 0: padding. slot_free: a row of plain vLLM. near: how alike old and new queries are."""
+    """end = 0: padding. plain: a row of plain vLLM. near: how alike old and new queries are."""
 
     end: int
     start: int = 0
@@ -61,6 +68,19 @@ class Row(NamedTuple):
     theta2: float = 0.85
     gate: int = 0
     near: float = 1.0
+
+
+# Around the edges of blocks (16), tiles (64, 32), swap pages (16) and swap blocks (128).
+ROWS = [
+    Row(1),
+    Row(17, start=15, stored=1),
+    Row(0),
+    Row(64, start=0, stored=16, gate=Gate.HEAD),
+    Row(130, start=1, stored=129, gate=Gate.GROUP_MEAN),
+    Row(33, plain=True),
+    Row(66, start=33, stored=0),
+    Row(98, start=33, stored=100, gate=Gate.HEAD),
+]
 
 
 @dataclass
@@ -74,6 +94,19 @@ class Case:
     table: StateTable
     kept: list[tuple[Tensor, Tensor] | None]
     scale: float
+
+    def to(self, device: torch.device) -> Case:
+        """The same on a device; `expected` is asked of the original."""
+        pages = SwapPool.__new__(SwapPool)
+        pages.pages = self.pool.pages.to(device)
+        moved = {name: moved_to(getattr(self, name), device) for name in ("query", "cache", "rows", "sequences")}
+        return replace(self, pool=pages, table=copy_of(self.table, device), **moved)
+
+    def finite(self) -> Case:
+        """Numbers instead of NaN: xFormers reads whole pages before it masks, and a real cache holds numbers."""
+        for tensor in (*self.cache, self.pool.pages):
+            tensor.nan_to_num_(nan=3.0)
+        return self
 
     def state(self, table: StateTable) -> State:
         return State(table.query[LAYER], table.out[LAYER], table.lse[LAYER], table.counts[:, LAYER])
@@ -133,11 +166,24 @@ def make(shape: Shape, given: list[Row], seed: int = 0) -> Case:
     return Case(shape, query, cache, pool, rows, sequences, states, kept, scale)
 
 
-def copy_of(table: StateTable) -> StateTable:
+def moved_to(value: Any, device: torch.device) -> Any:
+    """A tensor, or a named tuple of tensors, on a device, with its strides."""
+    if not isinstance(value, Tensor):
+        return type(value)(*(moved_to(part, device) for part in value))
+    moved = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+    return moved.copy_(value)
+
+
+def copy_of(table: StateTable, device: torch.device | str = "cpu") -> StateTable:
     copy = StateTable.__new__(StateTable)
-    copy.query, copy.out = table.query.clone(), table.out.clone()
-    copy.lse, copy.counts = table.lse.clone(), table.counts.clone()
+    for name in ("query", "out", "lse", "counts"):
+        setattr(copy, name, getattr(table, name).to(device, copy=True))
     return copy
+
+
+def attend_in_float64(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> AttentionState:
+    logits = query.double() @ keys.double().transpose(-1, -2) * scale
+    return AttentionState(logits.softmax(-1) @ values.double(), logits.logsumexp(-1))
 
 
 class Result(NamedTuple):
@@ -146,28 +192,28 @@ class Result(NamedTuple):
     table: StateTable
 
 
-def dirty_scratch(rows: int, heads: int, head_dim: int, splits: int) -> Scratch:
-    states = [torch.full((rows, heads, splits, *rest), torch.nan) for rest in ((head_dim,), ()) * 2]
-    return Scratch(*states, torch.full((rows, heads), 77, dtype=torch.int32))
+def dirty_scratch(rows: int, heads: int, head_dim: int, splits: int, device: torch.device | str = "cpu") -> Scratch:
+    states = [torch.full((rows, heads, splits, *rest), torch.nan, device=device) for rest in ((head_dim,), ()) * 2]
+    return Scratch(*states, torch.full((rows, heads), 77, dtype=torch.int32, device=device))
 
 
-def run(case: Case, splits: int = 2) -> Result:
-    """Through the kernels; scratch and answer are dirty before."""
+def run(case: Case, splits: int = 2, step: DecodeStep = decode_step) -> Result:
+    """Through the kernels, on the case's device; scratch and answer are dirty before."""
     kv_heads, group, head_dim = case.shape[:3]
-    num_rows = len(case.rows.slot)
-    scratch = dirty_scratch(num_rows, kv_heads * group, head_dim, splits)
-    table = copy_of(case.table)
+    num_rows, device = len(case.rows.slot), case.query.device
+    scratch = dirty_scratch(num_rows, kv_heads * group, head_dim, splits, device)
+    table = copy_of(case.table, device)
     out = torch.full_like(case.query, torch.inf, dtype=torch.float32)
-    lse = torch.full((num_rows, kv_heads * group), torch.inf)
-    decode_step(
+    lse = torch.full((num_rows, kv_heads * group), torch.inf, device=device)
+    step(
         case.query, out, case.cache, case.pool.pages[LAYER], case.rows, case.sequences, case.state(table), scratch,
         case.scale, lse,
     )  # fmt: skip
-    return Result(out, lse, table)
+    return Result(out.cpu(), lse.cpu(), copy_of(table))
 
 
-def expected(case: Case) -> Result:
-    """The same in torch, row by row, from `calibration.py`."""
+def expected(case: Case, attend: Attend = attention_state) -> Result:
+    """The same in torch, row by row, from `calibration.py`; `attend` may compute in another precision."""
     kv_heads, group, head_dim = case.shape[:3]
     table = copy_of(case.table)
     out = torch.full_like(case.query, torch.inf, dtype=torch.float32)
@@ -177,16 +223,16 @@ def expected(case: Case) -> Result:
             continue
         slot, token = int(case.rows.slot[index]), int(case.rows.token[index])
         query = case.query[token].view(kv_heads, group, head_dim)
-        state = attention_state(query, *kept, case.scale)
+        state = attend(query, *kept, case.scale)
         stored = int(case.sequences.stored[slot]) if slot >= 0 else 0
         if stored:
-            state = _calibrated(case, table, slot, stored, query, state)
-        out[token], lse[index] = state.out.flatten(0, 1), state.lse.flatten()
+            state = _calibrated(case, table, slot, stored, query, state, attend)
+        out[token], lse[index] = state.out.flatten(0, 1).float(), state.lse.flatten().float()
     return Result(out, lse, table)
 
 
 def _calibrated(
-    case: Case, table: StateTable, slot: int, stored: int, query: Tensor, kept: AttentionState
+    case: Case, table: StateTable, slot: int, stored: int, query: Tensor, kept: AttentionState, attend: Attend
 ) -> AttentionState:
     sequences, slots = case.sequences, torch.tensor([slot])
     rho = cosine(query, table.query[LAYER, slot])[None]
@@ -196,21 +242,24 @@ def _calibrated(
     ids = sequences.swap_blocks[slot, : -(-stored // SWAP_BLOCK_TOKENS)].long()
     heads = torch.arange(case.shape.kv_heads)
     keys, values = case.pool.read(LAYER, ids.expand(len(heads), -1), heads)
-    fresh = attention_state(query, keys[:, :stored], values[:, :stored], case.scale)
+    fresh = attend(query, keys[:, :stored], values[:, :stored], case.scale)
     table.query[LAYER, slot][recompute] = query[recompute]
-    table.out[LAYER, slot][recompute] = fresh.out[recompute]
-    table.lse[LAYER, slot][recompute] = fresh.lse[recompute]
+    table.out[LAYER, slot][recompute] = fresh.out[recompute].float()
+    table.lse[LAYER, slot][recompute] = fresh.lse[recompute].float()
     used = table.lse[LAYER, slot].masked_fill(~(recompute | merge), -torch.inf)
     return merge_states(kept, AttentionState(table.out[LAYER, slot], used))
 
 
-def assert_same(case: Case, found: Result, atol: float = 2e-6, rtol: float = 2e-5) -> Result:
-    wanted = expected(case)
+def assert_same(
+    case: Case, found: Result, atol: float = 2e-6, rtol: float = 2e-5, attend: Attend = attention_state
+) -> Result:
+    """found: of the case wherever it was run; case: the original."""
+    wanted = expected(case, attend)
     torch.testing.assert_close(found.out, wanted.out, atol=atol, rtol=rtol)
     torch.testing.assert_close(found.lse, wanted.lse, atol=atol, rtol=rtol)
     torch.testing.assert_close(found.table.out, wanted.table.out, atol=atol, rtol=rtol)
     torch.testing.assert_close(found.table.lse, wanted.table.lse, atol=atol, rtol=rtol)
-    assert torch.equal(found.table.query, wanted.table.query)
+    torch.testing.assert_close(found.table.query, wanted.table.query, atol=0, rtol=0, equal_nan=True)
     assert torch.equal(found.table.counts, wanted.table.counts), (found.table.counts, wanted.table.counts)
     assert found.table.counts.shape[-1] == len(COUNTERS)
     return wanted

@@ -1,0 +1,58 @@
+"""GB/s of the kernels that move KV, against what the machine does when it only copies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from benchmarks.kernels import workload
+from benchmarks.kernels.device import seconds
+from benchmarks.kernels.resources import ModelShape
+from benchmarks.kernels.workload import Limits
+from vllm_calidrop.attention.ops import triton as ops
+
+DECODE_GOAL, RELOAD_GOAL = 0.85, 0.9
+
+
+def decode_bandwidth(
+    shape: ModelShape, batch: int, kept: int, device: torch.device, dtype: torch.dtype, limits: Limits, repeats: int
+) -> dict[str, Any]:
+    """(a) alone; bytes are the K and V it reads. A device copy of as many bytes moves each twice."""
+    work = workload.make(shape, batch, kept, 1, device, dtype, limits)
+    source = torch.empty(work.kept_bytes // 2, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy = 2 * source.numel() / seconds(lambda: target.copy_(source), device, repeats)
+    time = seconds(
+        lambda: ops.decode_kept(
+            work.query, work.cache, work.rows, work.sequences, work.state, work.scratch, work.scale
+        ),
+        device,
+        repeats,
+    )
+    return _row("decode", batch, kept, work.kept_bytes, time, copy, DECODE_GOAL)
+
+
+def reload_bandwidth(
+    shape: ModelShape, batch: int, evicted: int, device: torch.device, dtype: torch.dtype, limits: Limits, repeats: int
+) -> dict[str, Any]:
+    """(b) alone, every row recomputing; bytes are the evicted K and V, from pinned memory in both cases."""
+    work = workload.make(shape, batch, 1, evicted, device, dtype, limits)
+    work.recompute(batch)
+    ops.decode_kept(work.query, work.cache, work.rows, work.sequences, work.state, work.scratch, work.scale)
+    target = torch.empty_like(work.host_pages, device=device)
+    copy_time = seconds(lambda: target.copy_(work.host_pages, non_blocking=True), device, repeats)
+    copy = work.host_pages.numel() * work.host_pages.itemsize / copy_time
+    time = seconds(
+        lambda: ops.reload_evicted(work.query, work.pages, work.rows, work.sequences, work.scratch, work.scale),
+        device,
+        repeats,
+    )
+    return _row("reload", batch, evicted, work.evicted_bytes, time, copy, RELOAD_GOAL)
+
+
+def _row(kernel: str, batch: int, tokens: int, size: int, time: float, copy: float, goal: float) -> dict[str, Any]:
+    return {
+        "kernel": kernel, "batch": batch, "tokens": tokens, "bytes": size, "microseconds": time * 1e6,
+        "gb_per_s": size / time / 1e9, "copy_gb_per_s": copy / 1e9, "ratio": size / time / copy, "goal": goal,
+    }  # fmt: skip

@@ -1,0 +1,206 @@
+"""The CUDA backend's parts over CPU tensors: cache by tokens, packing for the host pool, what it refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backend import MultipleOf
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from vllm_calidrop.attention.cuda import host_pool
+from vllm_calidrop.attention.cuda.backend import CaliDropCudaBackend
+from vllm_calidrop.attention.cuda.host_pool import PinnedSwapPool, runs, staging_bytes
+from vllm_calidrop.attention.cuda.kv_cache import kv_views
+from vllm_calidrop.attention.cuda.room import RANKING_BYTES, compaction_bytes, device_bytes, leave_room_on_device
+from vllm_calidrop.attention.cuda.worker import CaliDropCudaWorker
+from vllm_calidrop.cache.layout import SWAP_BLOCK_TOKENS, swap_blocks_for
+from vllm_calidrop.memory import ModelShape, PoolSizes
+from vllm_calidrop.settings import RequestSettings, ServerSettings, SettingsError
+from vllm_calidrop.support import refuse_settings
+
+CPU = torch.device("cpu")
+
+
+@given(st.lists(st.integers(0, 20), unique=True, max_size=12).map(tuple))
+def test_consecutive_blocks_are_one_copy(block_ids: tuple[int, ...]) -> None:
+    copies = list(runs(block_ids))
+    assert [first + i for _, first, count in copies for i in range(count)] == list(block_ids)
+    assert [at for at, *_ in copies] == [sum(count for *_, count in copies[:n]) for n in range(len(copies))]
+    assert all(first + count != later for (_, first, count), (_, later, _) in itertools.pairwise(copies))
+
+
+@pytest.mark.parametrize("tokens", [1, 128, 129, 700])
+def test_evicted_kv_by_way_of_staging(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More blocks than a buffer holds, in ids that are not consecutive; read back through the pool's own reader."""
+    heads, head_dim, layer = 2, 16, 1
+    block = PinnedSwapPool.block_bytes(1, heads, head_dim, torch.float32)
+    monkeypatch.setattr(host_pool, "STAGING_BYTES", 2 * block)
+    pool = PinnedSwapPool(2, 12, heads, head_dim, torch.float32, CPU)
+    assert staging_bytes(12, heads, head_dim, torch.float32) == 2 * (2 * block + 4)
+    block_ids = (7, 8, 2, 11, 3, 4, 9)[: swap_blocks_for(tokens)]
+    kv = torch.randn(2, heads, tokens, head_dim)
+    for part in pool.parts(block_ids, tokens):
+        flat = torch.zeros(2, heads, len(part.ids) * SWAP_BLOCK_TOKENS, head_dim)
+        flat[:, :, : part.tokens.stop - part.tokens.start] = kv[:, :, part.tokens]
+        paged = flat.unflatten(2, (len(part.ids), part.staging.shape[2], -1))
+        part.staging.copy_(paged.permute(2, 1, 3, 0, 4, 5))
+        pool.send(layer, part)
+    pool.join()
+    assert pool.device_pages is pool.pages
+    for head in range(heads):
+        keys, values = pool.read(layer, torch.tensor([block_ids]), torch.tensor([head]))
+        assert torch.equal(keys[0, :tokens], kv[0, head]) and torch.equal(values[0, :tokens], kv[1, head])
+    pool.close()
+
+
+class LateStream:
+    """A stream whose work is done only when somebody waits for it."""
+
+    def __init__(self) -> None:
+        self.queue: list[Callable[[], None]] = []
+        self.waits: list[Any] = []
+
+    def wait_stream(self, other: Any) -> None:
+        self.waits.append(other)
+
+    def record_event(self) -> int:
+        return len(self.queue)
+
+    def run_until(self, event: int) -> None:
+        for work in self.queue[:event]:
+            work()
+        self.queue[:event] = [lambda: None] * event
+
+
+def test_copies_that_are_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is packed into a buffer before its copies are done, and nothing is read before all of them are."""
+    heads, head_dim = 1, 16
+    block = PinnedSwapPool.block_bytes(1, heads, head_dim, torch.float32)
+    monkeypatch.setattr(host_pool, "STAGING_BYTES", 2 * block)
+    pool, late = PinnedSwapPool(1, 12, heads, head_dim, torch.float32, CPU), LateStream()
+    pool.pages.zero_()
+    copy, compute = pool._copy, SimpleNamespace(wait_event=late.run_until)
+    monkeypatch.setattr(pool, "_stream", late)
+    monkeypatch.setattr(pool, "_copy", lambda *work: late.queue.append(lambda: copy(*work)))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: compute)
+    for part in pool.parts(tuple(range(7)), 7 * SWAP_BLOCK_TOKENS):
+        part.staging.copy_(torch.tensor([1.0 + i for i in part.block_ids])[:, None, None, None, None, None])
+        pool.send(0, part)
+    assert late.waits == [compute] * 4, "a copy begins after what fills its buffer"
+    written = [pool.pages[0, i].unique().tolist() for i in range(7)]
+    assert written == [[1.0], [2.0], [3.0], [4.0], [0.0], [0.0], [0.0]], "two buffers are still on their way"
+    pool.join()
+    assert [pool.pages[0, i].unique().tolist() for i in range(7)] == [[1.0 + i] for i in range(7)]
+
+
+def test_worker_is_counted_to_the_byte() -> None:
+    shape = ModelShape(3, 8, 2, 64, torch.float32, 1000)
+    worker = CaliDropCudaWorker(SimpleNamespace(), ["a", "b", "c"], shape, 12, PoolSizes(4, 0, 0), CPU, 5)
+    held = [worker.step.table, worker.slots._device, worker.slots.sequences.swap_blocks, *worker._scratch]
+    assert sum(tensor.nbytes for tensor in held) == CaliDropCudaWorker.num_bytes(shape, 12, 5)
+    staged = worker.pool._staging.nbytes + worker.pool._ids.nbytes
+    assert staged == staging_bytes(4, 2, 64, torch.float32)
+
+
+def test_kv_pool_leaves_room_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, settings = ModelShape(3, 8, 2, 64, torch.bfloat16, 1000), ServerSettings()
+    ours = device_bytes(shape, 12, 5, 512, settings)
+    assert ours > compaction_bytes(shape, 512) + settings.prefill_state_bytes
+    longer = ModelShape(3, 8, 2, 64, torch.bfloat16, 2000)
+    assert compaction_bytes(longer, 512) - compaction_bytes(shape, 512) == 2 * 1000 * (2 * 64 * 2 + RANKING_BYTES)
+
+    def left(available: int, fixed: int | None = None) -> int:
+        config = SimpleNamespace(
+            scheduler_config=SimpleNamespace(max_num_seqs=5, max_num_batched_tokens=512),
+            cache_config=SimpleNamespace(kv_cache_memory_bytes=fixed),
+        )
+        return leave_room_on_device(shape, 12, settings, config, available)
+
+    assert left(ours + 7) == 7
+    with pytest.raises(ValueError, match="nothing of the available"):
+        left(ours)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (ours + 100, 2**40))
+    assert left(100, fixed=100) == 100
+    with pytest.raises(ValueError, match="more than the free device memory"):
+        left(101, fixed=101)
+
+
+@pytest.mark.parametrize("token_major", [True, False])
+def test_the_cache_in_either_layout(token_major: bool) -> None:
+    cache = torch.arange(3 * 2 * 16 * 8).view(3, 2, 16, 8)
+    if token_major:
+        cache = cache.transpose(1, 2).contiguous().transpose(1, 2)
+    key, value = kv_views(cache)
+    assert key.shape == value.shape == (3, 2, 16, 4)
+    assert torch.equal(key, cache[..., :4]) and torch.equal(value, cache[..., 4:])
+    assert key.untyped_storage().data_ptr() == cache.untyped_storage().data_ptr(), "views, not copies"
+
+
+def test_what_vllm_is_told() -> None:
+    def reasons(**given: Any) -> list[str]:
+        asked: dict[str, Any] = {
+            "head_size": 128,
+            "dtype": torch.bfloat16,
+            "kv_cache_dtype": "auto",
+            "block_size": 16,
+            "use_mla": False,
+            "has_sink": False,
+            "use_sparse": False,
+            "use_mm_prefix": False,
+            "use_per_head_quant_scales": False,
+            "device_capability": DeviceCapability(9, 0),
+            "attn_type": "decoder",
+        }
+        return CaliDropCudaBackend.validate_configuration(**asked | given)
+
+    assert reasons() == []
+    assert reasons(device_capability=DeviceCapability(8, 0), dtype=torch.float16, block_size=48, head_size=96) == []
+    refused: list[dict[str, Any]] = [
+        {"head_size": 72},
+        {"dtype": torch.float32},
+        {"kv_cache_dtype": "fp8"},
+        {"block_size": 24},
+        {"use_mla": True},
+        {"has_sink": True},
+        {"use_mm_prefix": True},
+        {"device_capability": DeviceCapability(7, 5)},
+        {"attn_type": "encoder_only"},
+        {"has_sliding_window": True},
+        {"use_rswa": True},
+        {"use_non_causal": True},
+        {"use_batch_invariant": True},
+        {"use_kv_connector": True},
+        {"use_adaptive_verification": True},
+        {"use_dcp": True},
+        {"use_pcp": True},
+    ]
+    for one in refused:
+        assert len(reasons(**one)) == 1, one
+    assert CaliDropCudaBackend.get_supported_kernel_block_sizes() == [MultipleOf(16)]
+    assert CaliDropCudaBackend.supported_kv_cache_layouts() == (KVCacheLayout.LBNHC, KVCacheLayout.LBHNC)
+    assert CaliDropCudaBackend.get_name() == "CALIDROP"
+
+
+def test_requests_without_kernels_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = [{"kv_recall": "pages"}, {"kv_codec": "int8"}, {"kv_read_budget": 4096}]
+    for names in asked:
+        refuse_settings(RequestSettings(kv_budget=64, **names))
+    monkeypatch.setattr("vllm_calidrop.flavour.uses_cuda_flavour", lambda: True)
+    for names in asked:
+        (field,) = names
+        with pytest.raises(SettingsError, match=rf"{field} \(.*\) is not supported on CUDA") as refusal:
+            refuse_settings(RequestSettings(kv_budget=64, **names))
+        assert refusal.value.field == field
+        for plain in ({}, {"kv_budget": 9, "kv_policy": "full"}, {"kv_budget": 9, "kv_calibration": False}):
+            refuse_settings(RequestSettings(**plain, **names))
+    refuse_settings(RequestSettings(kv_budget=64))

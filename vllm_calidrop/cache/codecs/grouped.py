@@ -1,0 +1,270 @@
+"""The layout of the quantised codecs: keys per channel in groups of tokens, values per token, outlier tokens beside.
+
+Keys per channel and values per token is KIVI's layout (arXiv 2402.02750). A code c stands for offset + scale *
+number(c); offset and scale are bfloat16, which has float32's range. A block is a row of groups of GROUP_TOKENS tokens;
+its last group has fewer pages where no whole one fits. A group, in bytes (D head_dim, O outlier tokens, C bytes of D
+codes):
+
+    2 D          offsets of the key channels
+    2 D          scales of the key channels
+    pad16(O)     positions of the outlier tokens inside the group, NOWHERE where there are fewer
+    2 O D item   K and V of the outlier tokens, in the cache's dtype
+                 zeros up to a multiple of 16: the head; then GROUP_TOKENS / 16 pages of
+    16 C         codes of the keys, token by token, the first channel in the lowest bits
+    16 C         codes of the values
+    64           offset and scale of each token's values
+    32           gain of each token's keys, of codecs that have one: offset + gain * scale * number(c)
+
+A gain makes up for what coarse codes take from a key's length: <k - offset, decoded - offset> becomes |k - offset|^2.
+Without it the key that a query looks for, the longest along it, loses the most.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vllm_calidrop.cache.codecs.base import LARGEST, Codec, Encoded, gather_runs
+from vllm_calidrop.cache.codecs.outliers import outlier_tokens
+from vllm_calidrop.cache.layout import PAGE_TOKENS
+
+NOWHERE = 255
+ALIGNMENT = 16
+LARGEST_GAIN = 4.0
+
+
+class Quantised(NamedTuple):
+    """Codes and what they mean along one axis. codes: uint8, the shape of what was quantised, one a byte.
+
+    offset, scale: bfloat16, the same shape with 1 along that axis.
+    """
+
+    codes: Tensor
+    offset: Tensor
+    scale: Tensor
+
+
+class GroupedCodec(Codec):
+    """A number format of `bits` bits in this layout. outliers: outlier tokens of a group, 0 for none. gains: whether
+    keys have a gain."""
+
+    bits: ClassVar[int]
+    gains: ClassVar[bool] = False
+    group_tokens: ClassVar[int]
+    outliers: ClassVar[int]
+
+    @abstractmethod
+    def quantise(self, x: Tensor, dim: int, valid: Tensor) -> Quantised:
+        """Quantise float32 `x` along `dim`; valid: bool, broadcast to x, False where nothing counts."""
+
+    @abstractmethod
+    def numbers(self, codes: Tensor) -> Tensor:
+        """float32: what the codes stand for before offset and scale."""
+
+    # --- sizes -------------------------------------------------------------------------------------------------------
+
+    @property
+    def code_bytes(self) -> int:
+        """C: bytes of one token's codes of K or V."""
+        return -(-self.head_dim * self.bits // 8)
+
+    @property
+    def page_bytes(self) -> int:
+        return PAGE_TOKENS * (2 * self.code_bytes + 4 + 2 * self.gains)
+
+    @property
+    def position_bytes(self) -> int:
+        return _aligned(self.outliers)
+
+    @property
+    def head_bytes(self) -> int:
+        outliers = self.outliers * 2 * self.head_dim * self.dtype.itemsize
+        return _aligned(4 * self.head_dim + self.position_bytes + outliers)
+
+    @property
+    def pages_per_group(self) -> int:
+        return self.group_tokens // PAGE_TOKENS
+
+    @property
+    def group_bytes(self) -> int:
+        return self.head_bytes + self.pages_per_group * self.page_bytes
+
+    @property
+    def tokens_per_block(self) -> int:
+        whole, rest = divmod(self.block_bytes, self.group_bytes)
+        pages = max(0, rest - self.head_bytes) // self.page_bytes
+        return whole * self.group_tokens + pages * PAGE_TOKENS
+
+    @property
+    def groups_per_block(self) -> int:
+        """The last one may have fewer pages."""
+        return -(-self.tokens_per_block // self.group_tokens)
+
+    @property
+    def page_read_bytes(self) -> int:
+        """A page and the whole head of its group."""
+        return self.head_bytes + self.page_bytes
+
+    def run_bytes(self, tokens: int) -> int:
+        blocks, rest = divmod(tokens, self.tokens_per_block)
+        groups = blocks * self.groups_per_block + -(-rest // self.group_tokens)
+        return groups * self.head_bytes + self.page_count(tokens) * self.page_bytes
+
+    # --- encoding ----------------------------------------------------------------------------------------------------
+
+    def encode(self, keys: Tensor, values: Tensor) -> Encoded:
+        """Block by block, so that the copies in float32 stay small."""
+        refused = _refused(keys) | _refused(values)
+        blocks = torch.zeros((len(keys), self.blocks_for(keys.shape[1]), self.block_bytes), dtype=torch.uint8)
+        runs = zip(keys.split(self.tokens_per_block, dim=1), values.split(self.tokens_per_block, dim=1), strict=True)
+        for index, run in enumerate(runs):
+            kv = torch.where(refused[:, None, None, None], 0, torch.stack(run, dim=1))
+            encoded = self._encode_groups(kv).flatten(1)[:, : self.block_bytes]
+            blocks[:, index, : encoded.shape[1]] = encoded
+        return Encoded(blocks, refused)
+
+    def _encode_groups(self, kv: Tensor) -> Tensor:
+        """uint8 [H, groups, group_bytes] of a block's tokens [H, 2 (K, V), T, D]."""
+        heads, _, tokens, head_dim = kv.shape
+        groups = -(-tokens // self.group_tokens)
+        padding = groups * self.group_tokens - tokens
+        kv = torch.nn.functional.pad(kv, (0, 0, 0, padding)).unflatten(2, (groups, self.group_tokens)).transpose(1, 2)
+        keys, values = kv.float().unbind(2)  # [H, groups, G, D]
+        exists = (
+            (torch.arange(groups * self.group_tokens) < tokens).view(groups, self.group_tokens).expand(heads, -1, -1)
+        )
+
+        position = outlier_tokens(keys, exists, self.outliers)
+        is_outlier = torch.zeros_like(exists).scatter(-1, position, True)
+        k = self.quantise(keys, -2, (exists & ~is_outlier).unsqueeze(-1))
+        v = self.quantise(values, -1, exists.unsqueeze(-1))
+
+        outliers = kv.gather(3, position[:, :, None, :, None].expand(-1, -1, 2, -1, head_dim)).transpose(2, 3)
+        position = torch.where(exists.gather(-1, position), position, NOWHERE).to(torch.uint8)
+        head = torch.cat(
+            (
+                _bytes(k.offset.flatten(2)),
+                _bytes(k.scale.flatten(2)),
+                torch.nn.functional.pad(position, (0, self.position_bytes - self.outliers), value=NOWHERE),
+                _bytes(outliers.flatten(2)),
+            ),
+            dim=-1,
+        )
+        head = torch.nn.functional.pad(head, (0, self.head_bytes - head.shape[-1]))
+        shape = (heads, groups, self.pages_per_group, -1)
+        pages = [
+            _packed(k.codes, self.bits).reshape(shape),
+            _packed(v.codes, self.bits).reshape(shape),
+            _bytes(torch.cat((v.offset, v.scale), dim=-1)).reshape(shape),
+        ]
+        if self.gains:
+            pages.append(_bytes(self._gains(keys, k)).reshape(shape))
+        return torch.cat((head, torch.cat(pages, dim=-1).flatten(2)), dim=-1)
+
+    def _gains(self, keys: Tensor, quantised: Quantised) -> Tensor:
+        """bfloat16 [..., G] of keys [..., G, D]; 1 where nothing is coded."""
+        away = keys - quantised.offset.float()
+        coded = quantised.scale.float() * self.numbers(quantised.codes)
+        overlap = (away * coded).sum(-1)
+        gain = torch.where(overlap > 0, away.square().sum(-1) / overlap, 1.0)
+        return gain.clamp(1 / LARGEST_GAIN, LARGEST_GAIN).to(torch.bfloat16)
+
+    # --- decoding ----------------------------------------------------------------------------------------------------
+
+    def decode(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """float32. Groups beyond a run's end decode to whatever lies there, NaN included."""
+        whole = self.groups_per_block * self.group_bytes
+        groups = torch.nn.functional.pad(blocks[:, :whole], (0, whole - min(whole, self.block_bytes)))
+        head, pages = groups.view(-1, self.group_bytes).split((self.head_bytes, self.group_bytes - self.head_bytes), 1)
+        pages = pages.unflatten(1, (self.pages_per_group, self.page_bytes))
+        kv = self._decoded(head, pages, torch.arange(self.group_tokens)).unflatten(0, (len(blocks), -1))
+        keys, values = kv.transpose(1, 2).flatten(2, 3)[:, :, : self.tokens_per_block].unbind(1)
+        return keys, values
+
+    def decode_pages(self, memory: Tensor, first_bytes: Tensor, pages: Tensor) -> Tensor:
+        """float32."""
+        group, page = pages // self.pages_per_group, pages % self.pages_per_group
+        start = first_bytes + group * self.group_bytes
+        head = gather_runs(memory, start, self.head_bytes)
+        codes = gather_runs(memory, start + self.head_bytes + page * self.page_bytes, self.page_bytes)
+        tokens = page.unsqueeze(-1) * PAGE_TOKENS + torch.arange(PAGE_TOKENS)
+        return self._decoded(head, codes.unsqueeze(1), tokens)
+
+    def _decoded(self, head: Tensor, pages: Tensor, tokens: Tensor) -> Tensor:
+        """float32 [N, 2, T, D] of pages uint8 [N, P, page_bytes] of N groups with heads uint8 [N, head_bytes].
+
+        tokens: int64 [T] or [N, T], the tokens' positions in their group, T = P * PAGE_TOKENS.
+        """
+        head_dim, code_run = self.head_dim, PAGE_TOKENS * self.code_bytes
+        offset, scale = _numbers(head[:, : 4 * head_dim], torch.bfloat16).float().view(-1, 2, 1, head_dim).unbind(1)
+        k_codes, v_codes, v_meta, gains = pages.split(
+            (code_run, code_run, PAGE_TOKENS * 4, PAGE_TOKENS * 2 * self.gains), dim=-1
+        )
+        keys = scale * self._unpacked(k_codes)
+        if self.gains:
+            keys = keys * _numbers(gains, torch.bfloat16).float().view(len(head), -1, 1)
+        keys = keys + offset
+        v_offset, v_scale = _numbers(v_meta, torch.bfloat16).float().view(len(head), -1, 2).unsqueeze(-1).unbind(2)
+        kv = torch.stack((keys, v_offset + v_scale * self._unpacked(v_codes)), dim=1)
+        if not self.outliers:
+            return kv
+        position = head[:, 4 * head_dim : 4 * head_dim + self.outliers].long()
+        begin = 4 * head_dim + self.position_bytes
+        outliers = head[:, begin : begin + self.outliers * 2 * head_dim * self.dtype.itemsize]
+        exact = _numbers(outliers, self.dtype).float().view(-1, self.outliers, 2, head_dim)
+        here = position.unsqueeze(-1) == tokens.unsqueeze(-2)  # [N, O, T]
+        pair, outlier, token = torch.nonzero(here, as_tuple=True)
+        kv[pair, :, token] = exact[pair, outlier]
+        return kv
+
+    def _unpacked(self, packed: Tensor) -> Tensor:
+        """float32 [N, T, D] numbers of packed codes uint8 [N, P, PAGE_TOKENS * code_bytes]."""
+        packed = packed.reshape(len(packed), -1, self.code_bytes)
+        if self.bits < 8:
+            shifts = torch.arange(0, 8, self.bits, dtype=torch.uint8)
+            packed = (packed.unsqueeze(-1) >> shifts & (1 << self.bits) - 1).flatten(-2)
+        return self.numbers(packed[..., : self.head_dim])
+
+
+def bfloat16_below(x: Tensor) -> Tensor:
+    """The largest bfloat16 that is not above x (float32)."""
+    rounded = x.to(torch.bfloat16)
+    return torch.where(rounded.float() > x, torch.nextafter(rounded, torch.full_like(rounded, -torch.inf)), rounded)
+
+
+def bfloat16_above(x: Tensor) -> Tensor:
+    """The smallest bfloat16 that is not below x (float32)."""
+    return -bfloat16_below(-x)
+
+
+def _refused(x: Tensor) -> Tensor:
+    """bool [H]: heads of x [H, T, D] with a number that is not finite or too large; NaN compares as neither."""
+    return ~(x.abs() < LARGEST).flatten(1).all(-1)
+
+
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    """Codes uint8 [..., D], `bits` of each -> [..., bytes], the first in the lowest bits."""
+    if bits == 8:
+        return codes
+    per_byte = 8 // bits
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per_byte)).unflatten(-1, (-1, per_byte))
+    packed = codes[..., 0]
+    for place in range(1, per_byte):
+        packed = packed | codes[..., place] << place * bits
+    return packed
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+def _numbers(raw: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes [..., n * itemsize] as numbers [..., n]."""
+    return raw.contiguous().view(dtype)
+
+
+def _aligned(count: int) -> int:
+    return -(-count // ALIGNMENT) * ALIGNMENT
