@@ -133,9 +133,9 @@ FULL = Profile(
     memory_length=8192,
     serving=(
         Serving("ample", "small", (
-            paper(16, 16, (*MAIN, *SIZES), repeats=2),
+            paper(16, 16, (*MAIN, *SIZES)),
             paper(16, 16, (STOCK, *OTHER_POLICIES), name="policies"),
-            *(paper(c, n, FEW) for c, n in ((1, 2), (4, 8), (64, 64))),
+            *(paper(c, n, FEW) for c, n in ((1, 2), (4, 8), (32, 32))),
             paper(16, 16, FEW, name="shared prefix", shared=512),
             paper(16, 16, FEW, name="mixed lengths", spread=0.1),
         )),
