@@ -57,7 +57,7 @@ REFUSED = Metric(
     "requests_refused",
     "counter",
     "Requests that this backend refused, by reason: invalid (400), limit (400, outside the operator's), "
-    "never_fits (400, would wait for ever) or swap_full (503, kv_on_full: reject).",
+    "never_fits (400, would wait for ever), swap_full or recall_full (503, kv_on_full: reject).",
     (MODEL, "reason"),
 )
 SWAP_WAITS = Metric("swap_waits", "counter", "Requests that had to wait for the host pool (kv_on_full: wait).")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -22,7 +22,7 @@ from pydantic import (
 
 Policy = Literal["snapkv", "h2o", "streaming_llm", "full"]
 Gate = Literal["group", "head", "group_mean"]
-OnFull = Literal["full", "evict"]
+OnFull = Literal["full", "evict", "wait", "reject"]
 Recall = Literal["all", "pages"]
 Codec = Literal["none", "fp8", "int8", "int4", "int2", "fp8_plain", "int8_plain", "int4_plain", "int2_plain"]
 
@@ -53,11 +53,15 @@ class SettingsError(ValueError):
     def field(self) -> str:
         return self.fields[0]
 
-    def blame(self, given: Mapping[str, Any]) -> SettingsError:
+    def blame(self, given: Mapping[str, Any]) -> Self:
         """The same error, naming first the field that `given` itself contains: the one its author can change."""
         first = next((name for name in self.fields if name in given), self.field)
         others = tuple(name for name in self.fields if name != first)
-        return SettingsError(str(self), first, *others, value=given.get(first, self.value))
+        return type(self)(str(self), first, *others, value=given.get(first, self.value))
+
+
+class LimitError(SettingsError):
+    """A setting that another server would take: this one's operator does not."""
 
 
 def _odd(value: int) -> int:
@@ -132,7 +136,8 @@ class RequestSettings(BaseModel):
     )
     kv_on_full: OnFull = Field(
         default="full",
-        description="When the host pool is full: keep full KV (full), or evict without calibration (evict).",
+        description="When the host pool is full: keep full KV (full), evict without calibration (evict), queue until "
+        "there is room (wait), or answer 503 with Retry-After (reject).",
     )
     kv_codec: Codec = Field(
         default="none",
@@ -221,6 +226,9 @@ class RequestSettings(BaseModel):
 class ServerSettings(BaseModel):
     """The operator's settings: limits of the server, and defaults for the requests that do not say otherwise.
 
+    min_, max_budget: of the budgets that requests give; allow_full: whether they may keep full KV. min_, max_theta: of
+    both thresholds. on_full: the values of `kv_on_full` they may ask for, null: all. Defaults are held to all of it.
+
     Given as `--additional-config '{"calidrop": {"swap_bytes": ..., "kv_budget": ..., ...}}'`: one flat object.
     """
 
@@ -230,6 +238,12 @@ class ServerSettings(BaseModel):
     sketch_bytes: Annotated[int, Field(ge=0)] | None = None
     buffer_bytes: Annotated[int, Field(ge=0)] | None = None
     prefill_state_bytes: Annotated[int, Field(ge=0)] = 256 * 2**20
+    min_budget: PositiveCount | None = None
+    max_budget: PositiveCount | None = None
+    min_theta: Threshold | None = None
+    max_theta: Threshold | None = None
+    on_full: list[OnFull] | None = None
+    allow_full: bool = True
     request_defaults: dict[str, Any] = Field(default_factory=dict)
 
     @classmethod
@@ -258,8 +272,40 @@ class ServerSettings(BaseModel):
         return server
 
     def limits(self) -> dict[str, Any]:
-        """What requests are held to."""
-        return {}
+        """What requests are held to; null: not limited."""
+        return {
+            "min_budget": self.min_budget,
+            "max_budget": self.max_budget,
+            "min_theta": self.min_theta,
+            "max_theta": self.max_theta,
+            "on_full": self.on_full or list(get_args(OnFull)),
+            "allow_full": self.allow_full,
+        }
+
+    def check(self, request: RequestSettings) -> None:
+        """LimitError where the request is outside of what the operator allows."""
+        if not self.allow_full and not request.compresses:
+            field = "kv_budget" if request.kv_budget is None else "kv_policy"
+            value = getattr(request, field)
+            raise LimitError(f"{field} ({value}) keeps full KV, which this server does not allow", field, value=value)
+        bounds = {
+            "kv_budget": (self.min_budget, self.max_budget),
+            "kv_theta1": (self.min_theta, self.max_theta),
+            "kv_theta2": (self.min_theta, self.max_theta),
+        }
+        for field, (least, most) in bounds.items():
+            value = getattr(request, field)
+            if value is not None and least is not None and value < least:
+                raise LimitError(f"{field} ({value}) must not be below this server's {least}", field, value=value)
+            if value is not None and most is not None and value > most:
+                raise LimitError(f"{field} ({value}) must not be above this server's {most}", field, value=value)
+        if self.on_full is not None and request.kv_on_full not in self.on_full:
+            allowed = ", ".join(self.on_full)
+            raise LimitError(
+                f"kv_on_full ({request.kv_on_full}) must be one of this server's: {allowed}",
+                "kv_on_full",
+                value=request.kv_on_full,
+            )
 
     def with_defaults(self, given: Mapping[str, Any]) -> Self:
         """The same with other defaults of requests; a null is the table's. SettingsError where they are bad."""
@@ -282,9 +328,11 @@ def resolve_request(raw: Mapping[str, Any], server: ServerSettings) -> RequestSe
             known = ", ".join(RequestSettings.model_fields)
             raise SettingsError(f"unknown setting {name}; known are {known}", name, value=value)
     try:
-        return RequestSettings.model_validate({**server.request_defaults, **asked})
+        settings = RequestSettings.model_validate({**server.request_defaults, **asked})
     except ValidationError as error:
         raise _settings_error(error).blame(asked) from None
+    server.check(settings)
+    return settings
 
 
 def _settings_error(error: ValidationError, prefix: str = "") -> SettingsError:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import httpx
@@ -18,6 +20,8 @@ from vllm_calidrop.settings import RequestSettings
 pytestmark = pytest.mark.engine
 
 KEY, ADMIN = {"Authorization": "Bearer reader"}, {"Authorization": "Bearer operator"}
+# Eight swap blocks, of 128 tokens: a prompt of 500 tokens takes four.
+SETTINGS = {"swap_bytes": 8 * 262144, "min_budget": 16, "max_budget": 512, "min_theta": 0.1, "max_theta": 0.95}
 LONG = list(range(10, 310))
 BUDGET = 24
 COMPLETION: dict[str, Any] = {"prompt": LONG, "max_tokens": 6, "temperature": 0, "ignore_eos": True}
@@ -27,12 +31,12 @@ COMPLETION: dict[str, Any] = {"prompt": LONG, "max_tokens": 6, "temperature": 0,
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("calidrop-server") / "log"
     options = ("--enforce-eager", "--api-key", "reader", "--calidrop-admin-key", "operator")
-    options += ("--calidrop-max-body-bytes", "100000")
+    options += ("--calidrop-max-body-bytes", "100000", "--additional-config", json.dumps({"calidrop": SETTINGS}))
     with serving(log, *options, program=CALIDROP_SERVER) as base:
         yield base
-    text = log.read_text()
-    assert "Traceback" not in text
-    assert "operator" not in text, "the admin key is not logged"
+        text = log.read_text()
+        assert "Traceback" not in text, "a request that is refused is no failure of the server"
+        assert "operator" not in text, "the admin key is not logged"
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +67,12 @@ def refused(response: httpx.Response, status: int, field: str | None = None) -> 
 def fresh_stats(http: httpx.Client) -> dict[str, Any]:
     """Statistics read after this call: what is shown may be older."""
     asked = time.monotonic()
-    while True:
+    for _ in range(300):
         stats = http.get("/calidrop/stats").json()
         if time.monotonic() - stats["age_seconds"] > asked:
             return stats
         time.sleep(0.1)
+    raise AssertionError(stats)
 
 
 # Keys
@@ -229,6 +234,98 @@ def test_bad_defaults_change_nothing(http: httpx.Client, body: str, field: str) 
     sent = http.post("/calidrop/defaults", content=body.encode(errors="surrogateescape"), headers=ADMIN)
     assert field in refused(sent, 400, field)
     assert http.get("/calidrop/config").json() == before
+
+
+# The operator's limits
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("field", "value", "limit"),
+    [("kv_budget", 8, "16"), ("kv_budget", 513, "512"), ("kv_theta1", 0.0, "0.1"), ("kv_theta2", 1.0, "0.95")],
+)
+def test_outside_of_the_limits(
+    http: httpx.Client, model: str, field: str, value: float, limit: str, stream: bool
+) -> None:
+    body = {"model": model, **COMPLETION, "kv_budget": 64, "stream": stream, field: value}
+    assert limit in refused(http.post("/v1/completions", json=body), 400, field)
+    assert limit in refused(http.post("/calidrop/defaults", json={field: value}, headers=ADMIN), 400, field)
+    assert http.get("/calidrop/config").json()["limits"]["max_budget"] == 512
+
+
+# A full host pool
+
+
+@contextmanager
+def full_pool(http: httpx.Client, model: str) -> Iterator[None]:
+    """Two sequences hold all swap blocks until this ends."""
+    body = {"model": model, "prompt": list(range(10, 510)), "max_tokens": 640, "ignore_eos": True, "kv_budget": 16}
+    with ExitStack() as streams:
+        readers = []  # a reader that is dropped closes its connection
+        for _ in range(2):
+            stream = streams.enter_context(http.stream("POST", "/v1/completions", json=body | {"stream": True}))
+            readers.append(stream.iter_lines())
+            next(readers[-1])
+        yield
+    wait_until(http, lambda engine: engine["swap"]["used_blocks"] == 0)
+
+
+def wait_until(http: httpx.Client, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    for _ in range(100):
+        engine = fresh_stats(http)["engines"][0]
+        if condition(engine):
+            return engine
+    raise AssertionError(engine)
+
+
+def body_of(route: str, model: str, **fields: Any) -> dict[str, Any]:
+    words = " ".join(f"w{i}" for i in range(80))
+    body: dict[str, Any] = {"model": model, "temperature": 0, "ignore_eos": True, "kv_budget": 16} | fields
+    if route == "responses":
+        return body | {"input": words, "max_output_tokens": 4}
+    return (
+        body
+        | {"max_tokens": 4}
+        | ({"prompt": words} if route == "completions" else {"messages": [{"role": "user", "content": words}]})
+    )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("route", ["completions", "chat/completions", "responses"])
+def test_reject_is_a_503_before_the_headers(http: httpx.Client, model: str, route: str, stream: bool) -> None:
+    body = body_of(route, model, kv_on_full="reject", stream=stream)
+    with full_pool(http, model):
+        response = http.post(f"/v1/{route}", json=body)
+    assert "kv_on_full: reject" in refused(response, 503)
+    assert response.headers["Retry-After"] == "1"
+    again = http.post(f"/v1/{route}", json=body)
+    assert again.status_code == 200, again.text
+    assert '"mode":"calidrop"' in again.text.replace(" ", "")
+
+
+def test_wait_queues_until_there_is_room(http: httpx.Client, model: str) -> None:
+    waits = fresh_stats(http)["engines"][0]["totals"]["swap_waits"]
+    with ThreadPoolExecutor(1) as pool:
+        with full_pool(http, model):
+            body = body_of("completions", model, kv_on_full="wait", stream=True)
+            answer = pool.submit(http.post, "/v1/completions", json=body)
+            engine = wait_until(http, lambda engine: engine["totals"]["swap_waits"] > waits)
+            assert engine["waiting"] == 1
+            assert engine["swap"]["used_blocks"] == 8
+            assert not answer.done()
+        response = answer.result()
+    assert response.status_code == 200
+    last = json.loads(response.text.strip().splitlines()[-3].removeprefix("data: "))
+    assert last["calidrop"][0]["mode"] == "calidrop"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("on_full", ["wait", "reject"])
+def test_a_prompt_that_could_never_fit(http: httpx.Client, model: str, on_full: str, stream: bool) -> None:
+    body = {"model": model, "prompt": LONG * 3 + LONG[:200], "max_tokens": 2, "kv_budget": 16, "kv_on_full": on_full}
+    message = refused(http.post("/v1/completions", json=body | {"stream": stream}), 400, "kv_on_full")
+    assert "1100 prompt tokens" in message
+    assert complete(http, model, prompt=body["prompt"], kv_budget=16)["calidrop"][0]["reason"] == "swap_full"
 
 
 # Bodies

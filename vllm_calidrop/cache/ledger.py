@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from vllm_calidrop.cache.codecs import Codec, codec_of
+from vllm_calidrop.cache.full_pool import FullPool, Refusal
 from vllm_calidrop.cache.layout import (
     cacheable_hit,
     first_kept_block,
@@ -143,6 +144,7 @@ class Ledger:
         self.num_slots = num_slots
         self.prefill_state_limit = prefill_state_limit
         self.totals = Totals(shape)
+        self.full_pool = FullPool(self.totals)
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._admitted: dict[str, _Admitted] = {}
         self._reports: dict[str, Report] = {}
@@ -203,16 +205,23 @@ class Ledger:
         mine = self._prefill_state_bytes(settings.kv_policy, settings.kv_window, request.num_prompt_tokens)
         return used + mine > self.prefill_state_limit
 
-    def admit(self, request: Request) -> None:
-        """Decide, reserve and report. `cancel` undoes it if vLLM then finds no blocks."""
+    def admit(self, request: Request) -> bool:
+        """Decide, reserve and report; False if the request waits or is refused (cache/full_pool.py).
+
+        `cancel` undoes it if vLLM then finds no blocks.
+        """
         assert request.request_id not in self._admitted
-        record, report = self._decide(request)
+        decided = None if self.full_pool.is_refused(request) else self._decide(request)
+        if decided is None:
+            return False
+        record, report = decided
         earlier = self._reports.get(request.request_id)
         if earlier is not None:
             report.earlier, report.earlier_bytes = earlier.counts, earlier.bytes_read
             report.counted, report.compacted = earlier.counted, earlier.compacted
         self._reports[request.request_id] = report
         self._admitted[request.request_id] = _Admitted(request, record)
+        return True
 
     def confirm(self, request: Request) -> None:
         """The admission stands: tell the workers in this step's records, and count a fallback."""
@@ -292,6 +301,12 @@ class Ledger:
         """Drop reports of requests vLLM no longer knows (`alive`: a container of request ids)."""
         for request_id in [request_id for request_id in self._reports if request_id not in alive]:
             self.totals.ended(self._reports.pop(request_id))
+        self.full_pool.forget(alive)
+
+    def refusal_report(self, refusal: Refusal) -> dict[str, Any]:
+        """What the API process is told of a request that was refused."""
+        report = Report(refusal.prompt_tokens, kept=0, evicted=0, mode="refused", reason=refusal.reason, stored=0)
+        return report.as_dict(with_layers=False)
 
     def reports(self) -> list[Report]:
         """Of the requests that vLLM still knows, waiting ones included that were preempted."""
@@ -319,7 +334,7 @@ class Ledger:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _decide(self, request: Request) -> tuple[SequenceRecord | None, Report]:
+    def _decide(self, request: Request) -> tuple[SequenceRecord | None, Report] | None:
         prompt_len = request.num_prompt_tokens
         settings = settings_of(request)
         if settings is None or settings.kv_budget is None:
@@ -336,6 +351,11 @@ class Ledger:
         if swap_blocks is None or (stored and settings.kv_recall == "pages" and recall is None):
             lacking = "swap_full" if swap_blocks is None else "recall_full"
             self.swap.give_back(swap_blocks or ())
+            if settings.kv_on_full in ("wait", "reject"):
+                self.full_pool.hold(
+                    request, lacking, settings.kv_on_full == "reject", self._could_fit(settings, stored)
+                )
+                return None
             if settings.kv_on_full == "full":
                 return None, _kept_whole(prompt_len, lacking)
             stored, swap_blocks, reason = 0, (), lacking
@@ -402,6 +422,13 @@ class Ledger:
             sketch_blocks=sketch_blocks,
             buffer_ids=buffer_ids,
         )
+
+    def _could_fit(self, settings: RequestSettings, stored: int) -> bool:
+        """Whether empty pools would have room."""
+        needed = [(self.swap, self.shape.codec(settings.kv_codec).blocks_for(stored))]
+        if settings.kv_recall == "pages":
+            needed += [(self.sketches, swap_blocks_for(stored)), (self.buffers, settings.kv_recall_buffer)]
+        return all(count <= pool.num_blocks for pool, count in needed)
 
     def _prefill_state_bytes(self, policy: str, window: int, prompt_len: int) -> int:
         return prefill_state_bytes(self.shape, policy, window, prompt_len)

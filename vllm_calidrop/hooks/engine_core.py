@@ -95,10 +95,13 @@ def _stats(self: Any) -> dict[str, Any]:
 
 def _change_defaults(self: Any, changes: dict[str, Any]) -> dict[str, Any]:
     """The defaults with these changes, as version and names; `refused` instead where they cannot be used."""
-    from vllm_calidrop.settings import SettingsError
+    from vllm_calidrop.settings import SettingsError, resolve_request
+    from vllm_calidrop.support import refuse_settings
 
     try:
-        self.calidrop_settings = self.calidrop_settings.changed(changes)
+        changed = self.calidrop_settings.changed(changes)
+        refuse_settings(resolve_request({}, changed.settings))
     except SettingsError as error:
         return {"refused": {"message": str(error), "field": error.field}}
-    return self.calidrop_settings.as_dict()
+    self.calidrop_settings = changed
+    return changed.as_dict()

@@ -17,7 +17,14 @@ from vllm_calidrop.hooks import refusals
 from vllm_calidrop.hooks.on_import import when_imported
 from vllm_calidrop.hooks.wrap import wrap_method
 from vllm_calidrop.selection import is_selected
-from vllm_calidrop.settings import RECORD_KEY, RequestSettings, ServerSettings, SettingsError, resolve_request
+from vllm_calidrop.settings import (
+    RECORD_KEY,
+    LimitError,
+    RequestSettings,
+    ServerSettings,
+    SettingsError,
+    resolve_request,
+)
 from vllm_calidrop.support import refuse_settings
 
 _ATTRIBUTE = "calidrop_server_settings"
@@ -58,7 +65,8 @@ def settings_or_400(asked: Mapping[str, Any], server: ServerSettings) -> Request
         refuse_settings(settings)
         return settings
     except SettingsError as error:
-        raise bad_request(str(error), error.field, error.value) from None
+        reason: refusals.Reason = "limit" if isinstance(error, LimitError) else "invalid"
+        raise bad_request(str(error), error.field, error.value, reason) from None
 
 
 def bad_request(message: str, parameter: str, value: Any = None, reason: refusals.Reason = "invalid") -> Exception:

@@ -64,7 +64,8 @@ def _decide_admission(original: Callable[..., Any]) -> Callable[..., Any]:
             return allocate()
         if _must_wait(self, ledger, request, new_computed_blocks):
             return None
-        ledger.admit(request)
+        if not ledger.admit(request):
+            return None
         blocks = allocate()
         if blocks is None:
             ledger.cancel(request)

@@ -15,10 +15,11 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
+from vllm_calidrop.hooks import verdict
 from vllm_calidrop.hooks.input_processor import bad_request, server_settings, settings_or_400
 from vllm_calidrop.hooks.on_import import when_imported
 from vllm_calidrop.hooks.wrap import wrap_method
-from vllm_calidrop.settings import RECORD_KEY, is_ours
+from vllm_calidrop.settings import RECORD_KEY, RequestSettings, is_ours
 
 _OPENAI = "vllm.entrypoints.openai"
 _HANDLERS = (
@@ -70,11 +71,30 @@ def _checking_first(original: Callable[..., Any]) -> Callable[..., Any]:
                     raise bad_request("kv_budget is not supported with beam search", "kv_budget", chosen.kv_budget)
         token = _asked.set(asked)
         try:
-            return await original(self, request, raw_request)
+            return await _create(original, self, request, raw_request, settings)
         finally:
             _asked.reset(token)
 
     return create
+
+
+async def _create(
+    original: Callable[..., Any], self: Any, request: Any, raw_request: Any, settings: RequestSettings
+) -> Any:
+    """The handler's answer; where the engine may refuse the admission, not before it has decided."""
+    if settings.kv_on_full not in ("wait", "reject") or not settings.calibrates:
+        return await original(self, request, raw_request)
+    background = bool(getattr(request, "background", False))
+    streaming = bool(request.stream) and not background
+    ruling = verdict.Verdict(streaming, every_choice=settings.kv_on_full == "reject")
+    token = verdict.current.set(ruling)
+    try:
+        answer = await original(self, request, raw_request)
+        if background or not hasattr(answer, "__anext__"):
+            return answer
+        return await verdict.after_verdict(answer, ruling)
+    finally:
+        verdict.current.reset(token)
 
 
 def _adding_names(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -94,7 +114,8 @@ def _checking_sampling_params(original: Callable[..., Any]) -> Callable[..., Any
         if server is not None:
             for name, value in _ours(await _json_body(raw_request)).items():
                 raise bad_request(f"{name} belongs into sampling_params.extra_args on this route", name, value)
-            settings_or_400(request.sampling_params.extra_args or {}, server)
+            settings = settings_or_400(request.sampling_params.extra_args or {}, server)
+            return await _create(original, self, request, raw_request, settings)
         return await original(self, request, raw_request)
 
     return serve_tokens

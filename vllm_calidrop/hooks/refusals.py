@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
-Reason = Literal["invalid", "limit", "never_fits", "swap_full"]
-REASONS: tuple[Reason, ...] = ("invalid", "limit", "never_fits", "swap_full")
+Reason = Literal["invalid", "limit", "never_fits", "swap_full", "recall_full"]
+REASONS: tuple[Reason, ...] = get_args(Reason)
 
 _listeners: list[Callable[[Reason], None]] = []
 

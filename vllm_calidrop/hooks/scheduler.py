@@ -3,6 +3,7 @@
 `__init__`: the ledger is made beside it and handed to the block manager. `schedule`: the step's records leave with its
 output. `update_from_output`: the workers' counters come in, and every request's report goes out with its new tokens
 (inside `kv_transfer_params`, the one free-form field that reaches the API process; it is taken out again there).
+There, too, a request that the ledger refused is ended.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ def _send_records(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _exchange_reports(original: Callable[..., Any]) -> Callable[..., Any]:
+    from vllm.v1.engine import EngineCoreOutputs
+
     def update_from_output(
         self: Any, scheduler_output: Any, model_runner_output: Any, *args: Any, **kwargs: Any
     ) -> Any:
@@ -71,9 +74,14 @@ def _exchange_reports(original: Callable[..., Any]) -> Callable[..., Any]:
         if ledger is None:
             return original(self, scheduler_output, model_runner_output, *args, **kwargs)
         ledger.step_processed(getattr(model_runner_output, COUNTERS_ATTRIBUTE, {}))
+        refusals = _end_refused(self, ledger)
         by_client = original(self, scheduler_output, model_runner_output, *args, **kwargs)
+        for client, output in refusals:
+            by_client.setdefault(client, EngineCoreOutputs()).outputs.append(output)
         for outputs in by_client.values():
             for output in outputs.outputs:
+                if output.kv_transfer_params and REPORT_KEY in output.kv_transfer_params:
+                    continue  # a refusal
                 report = ledger.report(output.request_id, finished=output.finish_reason is not None)
                 if report is not None:
                     output.kv_transfer_params = {**(output.kv_transfer_params or {}), REPORT_KEY: report}
@@ -81,3 +89,21 @@ def _exchange_reports(original: Callable[..., Any]) -> Callable[..., Any]:
         return by_client
 
     return update_from_output
+
+
+def _end_refused(scheduler: Any, ledger: Any) -> list[tuple[int, Any]]:
+    """End the requests that the ledger refused: (client, its only output) each; the report says why."""
+    from vllm.v1.engine import EngineCoreOutput
+    from vllm.v1.request import RequestStatus
+
+    ended = []
+    for refusal in ledger.full_pool.take_refused():
+        for request in scheduler.finish_requests(refusal.request_id, RequestStatus.FINISHED_ABORTED):
+            output = EngineCoreOutput(
+                request_id=request.request_id,
+                new_token_ids=[],
+                finish_reason=request.get_finished_reason(),
+                kv_transfer_params={REPORT_KEY: ledger.refusal_report(refusal)},
+            )
+            ended.append((request.client_index, output))
+    return ended
