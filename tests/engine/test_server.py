@@ -380,3 +380,8 @@ def test_metrics_are_the_sums_of_the_reports(http: httpx.Client, model: str) -> 
     assert gained[f"calidrop:requests_refused_total{[('reason', 'invalid')]}"] == 2
     exposed = {name for metric in metrics.METRICS for name in metric.exposed}
     assert {sample.partition("[")[0] for sample in after} - {"calidrop:requests_refused_created"} == exposed
+    decisions = sum(report[name] for report in reports for name in ("recomputes", "merges", "plain"))
+    assert gained[f"calidrop:similarity_count{[engine]}"] == decisions
+    assert gained[f"calidrop:similarity_bucket{[engine, ('le', '+Inf')]}"] == decisions
+    assert gained[f"calidrop:compaction_seconds_count{[engine]}"] == 2
+    assert gained[f"calidrop:compaction_seconds_sum{[engine]}"] > 0
