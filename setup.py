@@ -14,5 +14,5 @@ setup(
         for name in (package, *(f"{package}.{child}" for child in find_packages(folder)))
     ],
     package_dir=ROOTS,
-    package_data={"": ["py.typed", "*.cpp", "*.h", "*.json"]},
+    package_data={"": ["py.typed", "*.cpp", "*.h", "*.json", "static/*"]},
 )

@@ -35,7 +35,7 @@ from deploy.dockerfile import (
     variables_of,
 )
 
-PYTHON_PACKAGES = "python3,python3-venv,python-is-python3,ca-certificates"
+PYTHON_PACKAGES = "python3,python3-dev,python3-venv,python-is-python3,ca-certificates"
 HEALTH_SECONDS, STOP_SECONDS = 600, 10  # docker stop waits 10 s
 
 ASK = """
@@ -65,8 +65,8 @@ def lint() -> None:
 
 @dataclass
 class Trial:
-    """folder: where the roots lie. shared: files and folders of this machine that RUN steps see (a package index's
-    folder, certificates). passed: variables of this machine for RUN steps (pip's settings).
+    """folder: where the roots lie; again: as an earlier trial left them. shared: files and folders of this machine that
+    RUN steps see (a package index's folder, certificates). passed: variables of this machine for RUN steps (pip's).
     """
 
     folder: Path
@@ -74,6 +74,7 @@ class Trial:
     shared: list[Path] = field(default_factory=list)
     passed: dict[str, str] = field(default_factory=dict)
     arguments: dict[str, str] = field(default_factory=dict)
+    again: bool = False
 
     def __post_init__(self) -> None:
         self.stages = read_stages(arguments=self.arguments)
@@ -84,21 +85,24 @@ class Trial:
         if not (root / "made").exists():
             shutil.rmtree(root, ignore_errors=True)
             command = ["debootstrap", "--variant=minbase", f"--include={PYTHON_PACKAGES}", "bookworm", str(root)]
-            subprocess.run([*command, *([self.mirror] if self.mirror else [])], check=True, stdout=subprocess.DEVNULL)
+            command = ["unshare", "--mount", *command, *([self.mirror] if self.mirror else [])]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             (root / "made").touch()
         return root
 
     def build(self, name: str) -> tuple[Path, dict[str, str]]:
         """The root of a stage and its environment, after all of its steps."""
         stage, root = self.stages[name], self.folder / name
-        shutil.rmtree(root, ignore_errors=True)
-        subprocess.run(["cp", "-a", "--reflink=auto", self.base(), root], check=True)
-        shutil.copy("/etc/resolv.conf", root / "etc/resolv.conf")
+        if not self.again:
+            shutil.rmtree(root, ignore_errors=True)
+            subprocess.run(["cp", "-a", "--reflink=auto", self.base(), root], check=True)
+            shutil.copy("/etc/resolv.conf", root / "etc/resolv.conf")
         environment = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
         arguments: dict[str, str] = {}
         workdir, user = "/", "0"
         for instruction, value in stage.steps:
-            print(f"{name}: {instruction} {' '.join(value.split())[:100]}", flush=True)
+            if not self.again:
+                print(f"{name}: {instruction} {' '.join(value.split())[:100]}", flush=True)
             if instruction == "ARG":
                 arguments |= {key: text for key, text in variables_of(value).items() if text}
             elif instruction == "ENV":
@@ -108,9 +112,9 @@ class Trial:
                 (root / value.lstrip("/")).mkdir(parents=True, exist_ok=True)
             elif instruction == "USER":
                 user = value
-            elif instruction == "COPY":
+            elif instruction == "COPY" and not self.again:
                 self.copy(root, workdir, value)
-            elif instruction == "RUN":
+            elif instruction == "RUN" and not self.again:
                 variables = environment | arguments | self.passed
                 inside(root, ["/bin/sh", "-c", value], variables, user, workdir, self.shared)
         return root, environment
@@ -193,7 +197,11 @@ def namespaced(
     alone: bool = False,
 ) -> list[str]:
     """In namespaces of its own, so that mounts and processes end with it. alone: with no network but loopback."""
-    mounts = [f"mount -t proc proc {root}/proc", f"mount -t tmpfs tmpfs {root}/dev/shm"]
+    mounts = [
+        f"mount -t proc proc {root}/proc",
+        f"mount --rbind /sys {root}/sys",
+        f"mount -t tmpfs tmpfs {root}/dev/shm",
+    ]
     for path in shared:
         place = root / path.relative_to("/")
         if path.is_dir():
@@ -232,6 +240,7 @@ def main() -> None:
     )
     made.add_argument("--pass-env", action="append", default=[], metavar="NAME", help="a variable for RUN steps")
     made.add_argument("--build-arg", action="append", default=[], metavar="NAME=VALUE")
+    made.add_argument("--again", action="store_true", help="serve from the roots that an earlier trial built")
     given = made.parse_args()
     lint()
     print("hadolint: nothing to say")
@@ -243,6 +252,7 @@ def main() -> None:
         given.share,
         {name: os.environ[name] for name in given.pass_env},
         variables_of(" ".join(given.build_arg)),
+        given.again,
     )
     trial.folder.mkdir(parents=True, exist_ok=True)
     root, environment = trial.build("cpu")

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from fastapi import HTTPException
 from prometheus_client import CollectorRegistry
 
 from vllm_calidrop.defaults import VersionedSettings
@@ -66,10 +67,13 @@ class Engines:
         return versioned
 
     async def read(self) -> Reading:
-        """Read now; those who ask while a read is under way share it."""
+        """Read now; those who ask while a read is under way share it. A 503 where the engines are stopping or dead."""
         if self._read is None or self._read.done():
             self._read = asyncio.create_task(self._read_all())
-        return await asyncio.shield(self._read)
+        try:
+            return await asyncio.shield(self._read)
+        except Exception as error:
+            raise HTTPException(503, f"The engines do not answer: {error}", {"Retry-After": "1"}) from error
 
     async def recent(self) -> Reading:
         """At most MAX_AGE_SECONDS old, or what there is when the engines are in a step that takes longer."""

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from vllm_calidrop.cache.codecs import codec_of
 from vllm_calidrop.cache.layout import first_kept_block, swap_blocks_for
 from vllm_calidrop.memory import (
-    Footprint,
     ModelShape,
     buffer_page_bytes,
     footprint,
@@ -20,7 +20,10 @@ from vllm_calidrop.memory import (
     sketch_block_bytes,
     swap_block_bytes,
 )
-from vllm_calidrop.settings import RequestSettings, ServerSettings
+from vllm_calidrop.settings import RequestSettings, ServerSettings, SettingsError
+from vllm_calidrop.state_table import StateTable
+
+Device = Literal["gpu", "cpu"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,9 @@ class Workload:
 
 @dataclass(frozen=True)
 class PerSequence:
-    """One sequence at its last token. Blocks are vLLM's KV blocks; swap and sketch blocks hold 128 evicted tokens."""
+    """One sequence at its last token. Blocks are vLLM's KV blocks; a swap block holds 128 evicted tokens, or more of a
+    codec; a sketch block 128.
+    """
 
     full_blocks: int
     prompt_blocks: int
@@ -46,7 +51,7 @@ class PerSequence:
     buffer_pages: int
 
     @classmethod
-    def of(cls, load: Workload) -> PerSequence:
+    def of(cls, load: Workload, shape: ModelShape) -> PerSequence:
         settings, prompt = load.settings, load.context
         prompt_blocks, full = -(-prompt // load.block_size), -(-(prompt + load.output) // load.block_size)
         if not settings.compresses or settings.kv_budget is None or prompt <= settings.kv_budget:
@@ -54,11 +59,28 @@ class PerSequence:
         stored = prompt - settings.kv_budget if settings.calibrates else 0
         if settings.kv_calibration_size is not None:
             stored = min(stored, settings.kv_calibration_size)
-        swap = swap_blocks_for(stored)
-        pages = settings.kv_recall == "pages" and swap > 0
+        swap = codec_of(settings.kv_codec, shape.head_dim, shape.dtype).blocks_for(stored)
         freed = first_kept_block(prompt, settings.kv_budget, load.block_size)
-        buffer = settings.kv_recall_buffer if pages else 0
-        return cls(full, prompt_blocks, full - freed, swap, swap if pages else 0, buffer)
+        pages = settings.kv_recall == "pages" and stored > 0
+        sketch, buffer = (swap_blocks_for(stored), settings.kv_recall_buffer) if pages else (0, 0)
+        return cls(full, prompt_blocks, full - freed, swap, sketch, buffer)
+
+
+def beside_the_pools(
+    shape: ModelShape, device: Device, max_num_seqs: int, num_slots: int, max_batched: int, settings: ServerSettings
+) -> dict[str, int]:
+    """Bytes that this backend takes beside the KV pool and the pools of a Plan, by what they are for."""
+    if device == "cpu":
+        return dataclasses.asdict(footprint(shape, num_slots, settings))
+    from vllm_calidrop.attention.cuda.room import device_bytes
+
+    state_table = num_slots * StateTable.slot_bytes(
+        shape.num_layers, shape.num_query_heads, shape.head_dim, shape.dtype
+    )
+    prefill_state = settings.prefill_state_bytes
+    whole = device_bytes(shape, num_slots, max_num_seqs, max_batched, settings)
+    scratch = whole - state_table - prefill_state
+    return {"state_table": state_table, "prefill_state": prefill_state, "scratch": scratch}
 
 
 def kv_block_bytes(shape: ModelShape, block_size: int) -> int:
@@ -83,14 +105,17 @@ def fit_budget(one: PerSequence, pool_blocks: int) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes per rank, and sequences. needed_*: KV pool for the asked concurrency; fit_*: what `pool_blocks` holds."""
+    """Bytes per rank, and sequences. beside: by purpose, what is neither KV pool nor one of the pools here.
+
+    needed_*: KV pool for the asked concurrency; fit_*: what `pool_blocks` holds.
+    """
 
     shape: ModelShape
     load: Workload
     one: PerSequence
     block_bytes: int
     num_slots: int
-    ours: Footprint
+    beside: dict[str, int]
     swap_bytes: int
     sketch_bytes: int
     buffer_bytes: int
@@ -104,8 +129,7 @@ class Plan:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         load = dataclasses.asdict(self.load) | {"settings": self.load.settings.to_record()}
         shape = dataclasses.asdict(self.shape) | {"dtype": str(self.shape.dtype).removeprefix("torch.")}
-        ours = dataclasses.asdict(self.ours) | {"total": self.ours.total}
-        return values | {"shape": shape, "load": load, "one": dataclasses.asdict(self.one), "ours": ours}
+        return values | {"shape": shape, "load": load, "one": dataclasses.asdict(self.one)}
 
     @property
     def server_settings(self) -> dict[str, int]:
@@ -117,17 +141,22 @@ def make_plan(
     shape: ModelShape,
     load: Workload,
     settings: ServerSettings,
+    device: Device,
     max_num_seqs: int,
     concurrent_batches: int = 2,
+    max_batched: int = 8192,
     kv_memory: int | None = None,
     kv_pool: int | None = None,
-    swap_beside: bool = False,
 ) -> Plan:
     """concurrent_batches: 2 with vLLM's asynchronous scheduling, its default. kv_memory: bytes that vLLM finds for its
-    KV pool, out of which this backend takes its own; kv_pool: bytes of a KV pool of fixed size, which stays whole.
-    swap_beside: the swap pool comes out of kv_memory too (CPU).
+    KV pool, out of which this backend takes its own (on CPU the swap pool too); kv_pool: bytes of a KV pool of fixed
+    size, which stays whole. max_batched: --max-num-batched-tokens.
     """
-    one = PerSequence.of(load)
+    one = PerSequence.of(load, shape)
+    if device == "gpu" and one.sketch_blocks:
+        raise SettingsError(
+            "kv_recall: recall by pages is refused on a GPU (docs/gpu.md); say --device cpu", "kv_recall"
+        )
     num_slots = max_num_seqs * concurrent_batches
     block = kv_block_bytes(shape, load.block_size)
     # One sequence more than run: an ended one's ids rest until the steps in flight are done.
@@ -136,11 +165,13 @@ def make_plan(
     sketch = _or(settings.sketch_bytes, count * one.sketch_blocks * sketch_block_bytes(shape))
     buffer = _or(settings.buffer_bytes, count * one.buffer_pages * buffer_page_bytes(shape))
     given = settings.model_copy(update={"swap_bytes": swap, "sketch_bytes": sketch, "buffer_bytes": buffer})
-    ours = footprint(shape, num_slots, given)
+    beside = beside_the_pools(shape, device, max_num_seqs, num_slots, max_batched, given)
     pool_blocks = None if kv_pool is None else kv_pool // block
     if kv_memory is not None:
-        left = kv_memory - ours.total - recall_pool_bytes(recall_pools(0, None, shape, num_slots, given), shape)
-        pool_blocks = max(0, left - (swap if swap_beside else 0)) // block
+        left = kv_memory - sum(beside.values())
+        if device == "cpu":
+            left -= swap + recall_pool_bytes(recall_pools(0, None, shape, num_slots, given), shape)
+        pool_blocks = max(0, left) // block
     others = load.concurrency - 1
     growth = 1 if one.budget_blocks < one.full_blocks else 0
     needed = max(one.prompt_blocks, one.budget_blocks) + others * (one.budget_blocks + growth)
@@ -150,7 +181,7 @@ def make_plan(
         one=one,
         block_bytes=block,
         num_slots=num_slots,
-        ours=ours,
+        beside=beside,
         swap_bytes=swap,
         sketch_bytes=sketch,
         buffer_bytes=buffer,

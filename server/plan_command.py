@@ -18,6 +18,12 @@ from .plan import Plan, Workload, make_plan
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GIB, MIB = 2**30, 2**20
 
+PURPOSES = {
+    "state_table": "state table",
+    "recall": "means of recall by pages",
+    "prefill_state": "prompts in prefill, at most",
+    "scratch": "scratch, at most",
+}
 # Options that give a number of the model's configuration, or replace it.
 NUMBERS = {
     "layers": "num_hidden_layers",
@@ -70,11 +76,8 @@ def render(plan: Plan, ranks: int) -> str:
         ("  swap pool, host", _size(plan.swap_bytes) + (f"  ({_size(ranks * plan.swap_bytes)} in all)" * (ranks > 1))),
         ("  sketches", _size(plan.sketch_bytes)),
         ("  page buffers", _size(plan.buffer_bytes)),
-        ("Beside the pools", _size(plan.ours.total)),
-        ("  state table", f"{_size(plan.ours.state_table)}  ({plan.num_slots} slots)"),
-        ("  means of recall", _size(plan.ours.recall)),
-        ("  prompts in prefill, at most", _size(plan.ours.prefill_state)),
-        ("  scratch of a compaction, at most", _size(plan.ours.scratch)),
+        ("Beside the pools", _size(sum(plan.beside.values()))),
+        *((f"  {PURPOSES[name]}", _size(size)) for name, size in plan.beside.items()),
     ]
     if plan.pool_blocks is not None:
         pool = plan.pool_blocks * plan.block_bytes
@@ -117,13 +120,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tensor-parallel-size", type=int, default=1)
     made.add_argument("--max-model-len", type=int, help="as given to the server; context + output unless given")
     made.add_argument("--max-num-seqs", type=int, help="as given to the server; the concurrency unless given")
+    made.add_argument("--max-num-batched-tokens", type=int, default=8192, help="as given to the server (8192)")
     made.add_argument("--no-async-scheduling", action="store_true", help="as given to the server")
     pool = made.add_mutually_exclusive_group()
     pool.add_argument(
         "--kv-memory", type=float, metavar="GIB", help="per rank, what vLLM finds for its KV cache: how many fit"
     )
     pool.add_argument("--kv-pool", type=float, metavar="GIB", help="per rank, a KV cache of fixed size: how many fit")
-    made.add_argument("--cpu", action="store_true", help="the swap pool comes out of --kv-memory too")
+    made.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
     made.add_argument("--json", action="store_true", help="bytes, as JSON")
     made.add_argument(
         "--set",
@@ -160,11 +164,12 @@ def plan_of(given: argparse.Namespace) -> Plan:
         shape,
         load,
         server,
+        given.device,
         given.max_num_seqs or given.concurrency,
         1 if given.no_async_scheduling else 2,
         kv_memory=None if given.kv_memory is None else int(given.kv_memory * GIB),
         kv_pool=None if given.kv_pool is None else int(given.kv_pool * GIB),
-        swap_beside=given.cpu,
+        max_batched=given.max_num_batched_tokens,
     )
 
 

@@ -75,6 +75,7 @@ def _short(theta: float) -> str:
 def cells_of(sweep: Sweep) -> list[Cell]:
     """Every cell once, in the order of the tables."""
     pairs = [*sweep.thresholds, *((theta1, REUSE_OFF) for theta1 in sweep.reuse_off)]
+    with_thresholds = sweep.policies if sweep.threshold_policies is None else sweep.threshold_policies
     cells = [Cell()] if sweep.full else []
     for budget in sweep.budgets:
         for policy in sweep.policies:
@@ -83,7 +84,8 @@ def cells_of(sweep: Sweep) -> list[Cell]:
             for gate in sweep.gates:
                 for size in sweep.calibration_sizes:
                     number = None if size == "all" else size
-                    cells += [Cell(policy, budget, pair, gate, number, sweep.extra) for pair in pairs]
+                    if policy in with_thresholds:
+                        cells += [Cell(policy, budget, pair, gate, number, sweep.extra) for pair in pairs]
             for stored in sweep.stored:
                 others = {name: value for name, value in stored.items() if name != "kv_calibration_size"}
                 number = stored.get("kv_calibration_size")

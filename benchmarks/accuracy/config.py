@@ -51,9 +51,9 @@ class Tasks(_Strict):
 class Sweep(_Strict):
     """The cells: full KV, and for every policy, budget (and gate, and calibration size) the evicted-only row and
     one row per pair of thresholds; `reuse_off`: values of theta1 also run with theta2 = 2 (nothing stored is used);
-    `stored`: further rows of each pair of thresholds with settings of how evicted KV is stored and read: kv_codec,
-    kv_read_budget, kv_calibration_size (docs/swap.md);
-    `recall`: settings of rows that recall by pages (docs/recall.md), `{}` for the defaults.
+    `threshold_policies`: the policies that have those rows, all by default; `stored`: further rows of each pair of
+    thresholds with settings of how evicted KV is stored and read: kv_codec, kv_read_budget, kv_calibration_size
+    (docs/swap.md); `recall`: settings of rows that recall by pages (docs/recall.md), `{}` for the defaults.
     """
 
     full: bool = True
@@ -62,6 +62,7 @@ class Sweep(_Strict):
     evicted_only: bool = True
     thresholds: list[tuple[float, float]] = [(0.7, 0.85)]
     reuse_off: list[float] = []
+    threshold_policies: list[Policy] | None = None
     gates: list[Gate] = ["group"]
     calibration_sizes: list[int | Literal["all"]] = ["all"]
     stored: list[dict[str, int | str]] = []

@@ -38,7 +38,7 @@ def draw(summary: dict[str, Any], folder: Path) -> list[Picture]:
     """All pictures the results allow; returns them in the order of the report."""
     pictures: list[Picture] = []
     for length in summary["lengths"][-2:]:  # of many lengths the longest
-        for plot in (_accuracy_by_bytes, _stored, _rate_by_layer, _calibration_size):
+        for plot in (_accuracy_by_bytes, _frontier, _stored, _rate_by_layer, _calibration_size):
             pictures += plot(summary, str(length), folder)
     pictures += _needle_maps(summary, folder)
     return pictures
@@ -130,6 +130,47 @@ def _recall_points(ax: Axes, rows: list[Row], length: str, policy: str) -> None:
     if found:
         x, y = [total["bytes_read"] / 1e6 for total in found], [100 * total["score"] for total in found]
         ax.plot(x, y, linestyle="", marker="*", markersize=9, color=COLOURS[policy], markeredgecolor="white")
+
+
+# The frontier: recall of everything and by pages
+
+
+def _frontier(summary: dict[str, Any], length: str, folder: Path) -> list[Picture]:
+    """A panel per budget, drawn where rows recall by pages: score against the part of the evicted KV read per step."""
+    rows = [row for row in summary["cells"] if row["lengths"][length].get(ALL, {}).get("read_fraction")]
+    budgets = list(dict.fromkeys(row["budget"] for row in rows if row["recall"] is not None))
+    if not budgets:
+        return []
+    figure, axes = plt.subplots(1, len(budgets), figsize=(4.2 * len(budgets), 3.4), sharey=True, squeeze=False)
+    full = next((row["lengths"][length][ALL] for row in summary["cells"] if row["policy"] is None), None)
+    kinds = list(dict.fromkeys(_kind(row) for row in rows))
+    for ax, budget in zip(axes[0], budgets):
+        if full:
+            ax.axhline(100 * full["score"], color="#444444", linewidth=1, linestyle="--")
+        for row in (row for row in rows if row["budget"] == budget):
+            total, kind = row["lengths"][length][ALL], _kind(row)
+            style = {"color": COLOURS[row["policy"]], "marker": MARKERS[kinds.index(kind) % len(MARKERS)]}
+            at, score = total["read_fraction"], 100 * total["score"]
+            ax.errorbar([at], [score], _error([total]), elinewidth=0.7, markersize=5, linestyle="", **style)
+        ax.set(title=f"KV size {budget}", xlabel="part of the evicted KV read per step", xscale="log")
+    for i, kind in enumerate(kinds):
+        axes[0][0].plot([], [], linestyle="", marker=MARKERS[i % len(MARKERS)], color="#777777", label=kind)
+    for policy in dict.fromkeys(row["policy"] for row in rows):
+        axes[0][0].plot([], [], linestyle="", marker="s", color=COLOURS[policy], label=NAMES[policy])
+    axes[0][0].set(ylabel="score, %")
+    axes[0][0].legend(fontsize=7, loc="best")
+    save(figure, folder, name := f"frontier_{length}.png")
+    caption = (
+        f"Accuracy against what is read again{_of(length)}, with 95 % intervals: the paper's rule (`all`) and `pages`."
+    )
+    return [(f"{caption} Dashed: full KV.", name)]
+
+
+def _kind(row: Row) -> str:
+    """How a row recalls, whatever its policy and budget."""
+    if row["recall"] is None:
+        return "all " + "/".join(f"{theta:g}".removeprefix("0") for theta in row["thresholds"])
+    return "pages" + "".join(f", {key.removeprefix('kv_recall_')} {value:g}" for key, value in row["recall"].items())
 
 
 # How evicted KV is stored and read

@@ -1,4 +1,5 @@
-"""The decode operators at equal kept length: vLLM's own, ours in C++ and in torch; the reload against memory speed."""
+"""The decode operators at equal kept length: vLLM's own, ours in C++ and in torch; the reload against memory speed;
+the look of recall by pages."""
 
 from __future__ import annotations
 
@@ -10,10 +11,13 @@ from vllm import _custom_ops as ops
 
 from benchmarks.throughput.timing import interleaved, load, ratio
 from vllm_calidrop.attention.metadata import DecodeRows
-from vllm_calidrop.attention.ops import cpu, native
+from vllm_calidrop.attention.ops import cpu, native, recall
+from vllm_calidrop.attention.ops.decode import RecallOp
+from vllm_calidrop.attention.ops.native import recall as native_recall
 from vllm_calidrop.attention.ops.packed import PackedCache
-from vllm_calidrop.cache.layout import SWAP_BLOCK_TOKENS
+from vllm_calidrop.cache.layout import SWAP_BLOCK_TOKENS, swap_blocks_for
 from vllm_calidrop.cache.swap import SwapPool
+from vllm_calidrop.recall.store import RecallRows, RecallStore
 from vllm_calidrop.state_table import StateTable
 
 
@@ -42,6 +46,10 @@ CASES = [
     OpCase(dtype="float32"),
     OpCase(dtype="float32", head_dim=128),
     OpCase(block_size=128),
+]
+LOOKS = [
+    OpCase(stored=stored, kept=128, head_dim=head_dim, query_heads=query_heads)
+    for stored, head_dim, query_heads in ((1024, 64, 16), (4096, 64, 16), (4096, 128, 16), (4096, 64, 4))
 ]
 RELOADS = [OpCase(stored=stored, theta1=2.0, kept=128) for stored in (1024, 4096, 8192)]
 
@@ -154,11 +162,12 @@ class Step:
 
 
 def measure(repeats: int) -> dict[str, Any]:
-    """Both tables: operators at equal kept length, and the reload in GiB read again per second."""
+    """The tables: operators at equal kept length, the reload in GiB read again per second, and the look."""
     torch.set_num_threads(1)
     return {
         "operators": [_operators(case, repeats) for case in CASES],
         "reload": [_reload(c, repeats) for c in RELOADS],
+        "looks": [_look(c, repeats) for c in LOOKS],
     }
 
 
@@ -190,6 +199,65 @@ def _reload(case: OpCase, repeats: int) -> dict[str, Any]:
         "gib": gib,
         "best_seconds_per_gib": {"reload": min(reload) / gib, "read": min(seconds["read"]) / gib},
         "reload_to_read": ratio(reload, seconds["read"]),
+    }
+
+
+class Look(Layer):
+    """A layer whose rows recall by pages and look at every step; a look reads the four pages of largest share."""
+
+    def __init__(self, case: OpCase) -> None:
+        super().__init__(OpCase(**{**asdict(case), "stored": 0}))
+        rows, width = case.rows, swap_blocks_for(case.stored)
+        dtype = self.query.dtype
+        self.recall_pool = SwapPool(1, rows * width, case.kv_heads, case.head_dim, dtype)
+        self.recall_pool.pages.normal_()
+        self.store = RecallStore(1, rows, rows * width, 1, case.kv_heads, case.head_dim, dtype)
+        self.store.codes.random_(0, 256)
+        self.store.scales.fill_(1.0)
+        blocks = torch.randperm(rows * width).view(rows, width)
+        self.recalled = RecallRows(
+            rows=torch.arange(rows),
+            slots=torch.arange(rows),
+            theta=torch.full((rows,), 2.0),
+            eps=torch.zeros(rows),
+            top_p=torch.full((rows,), torch.nan),
+            most=torch.full((rows,), 4),
+            buffer_size=torch.zeros(rows, dtype=torch.int64),
+            stored=torch.full((rows,), case.stored),
+            swap_blocks=blocks,
+            sketch_blocks=blocks.flip(0),
+            buffer_ids=torch.empty((rows, 0), dtype=torch.int64),
+        )
+        self.out = torch.randn(self.query.shape)
+        self.lse = torch.randn(self.query.shape[:2])
+
+    def look(self, op: RecallOp) -> None:
+        op(self.recalled, 0, self.query, self.out, self.lse, self.recall_pool, self.table, self.store, self.scale)
+
+    def read_all(self) -> torch.Tensor:
+        """The bytes that the paper's rule would read."""
+        return self.recall_pool.pages.view(torch.int64).sum()
+
+
+def _look(case: OpCase, repeats: int) -> dict[str, Any]:
+    """A look of every row and KV head, in C++ and in torch, and the attention over the kept tokens beside it."""
+    layer = Look(case)
+    seconds = interleaved(
+        {
+            "native": lambda: layer.look(native_recall.add_recalled),
+            "torch": lambda: layer.look(recall.add_recalled),
+            "kept": layer.native,
+            "read all": layer.read_all,
+        },
+        repeats,
+    )
+    return {
+        "case": asdict(case),
+        "load": load(),
+        "best_ms_per_layer": {name: min(times) * 1e3 for name, times in seconds.items()},
+        "torch_to_native": ratio(seconds["torch"], seconds["native"]),
+        "native_to_kept": ratio(seconds["native"], seconds["kept"]),
+        "native_to_read_all": ratio(seconds["native"], seconds["read all"]),
     }
 
 

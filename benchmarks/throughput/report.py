@@ -63,10 +63,19 @@ def _ops(found: dict[str, Any]) -> list[str]:
          _ratio(r["reload_to_read"])]
         for r in found["reload"]
     ]  # fmt: skip
+    looks = [
+        [r["case"]["stored"], f"{r['case']['query_heads']}/{r['case']['kv_heads']}", r["case"]["head_dim"],
+         *(f"{r['best_ms_per_layer'][n]:.3f}" for n in ("native", "torch", "kept", "read all")),
+         *(_ratio(r[n]) for n in ("torch_to_native", "native_to_kept", "native_to_read_all"))]
+        for r in found.get("looks", [])
+    ]  # fmt: skip
     return [
         "## The decode operator, one layer of 16 rows (ms per layer; median ratio and quartiles)", _table(head, rows),
         "## Reading evicted KV again (16 rows, all groups): seconds per GiB, against a plain sum over the same bytes",
         _table(["evicted tokens", "GiB", "reload", "plain read", "reload / read"], reload),
+        "## A look of recall by pages, one layer of 16 rows, all groups look (ms per layer)",
+        _table(["evicted tokens", "heads", "head_dim", "native", "torch", "attention over 128 kept",
+                "plain sum over the evicted KV", "torch / native", "native / kept", "native / plain sum"], looks),
     ]  # fmt: skip
 
 

@@ -78,11 +78,17 @@ VLLM_SERVE = ("vllm", "serve", MODEL, "--attention-backend", "calidrop")
 CALIDROP_SERVER = ("calidrop-server", MODEL)
 
 
+class Server(str):
+    """A running server: its base URL, and the process that a user would stop."""
+
+    process: subprocess.Popen[bytes]
+
+
 @contextmanager
-def serving(log: Path, *options: str, program: Sequence[str] = VLLM_SERVE, **environment: str) -> Iterator[str]:
+def serving(log: Path, *options: str, program: Sequence[str] = VLLM_SERVE, **environment: str) -> Iterator[Server]:
     """A server as a user starts it, in processes of its own; its base URL.
 
-    Stopped with Ctrl-C, which must end it cleanly.
+    Stopped with Ctrl-C, which must end it cleanly, as must whatever else a test stopped it with.
     """
     inherited = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     port = _free_port()
@@ -97,8 +103,11 @@ def serving(log: Path, *options: str, program: Sequence[str] = VLLM_SERVE, **env
         )
     try:
         _wait_until_it_serves(process, log)
-        yield f"http://127.0.0.1:{port}"
-        process.send_signal(signal.SIGINT)
+        running = Server(f"http://127.0.0.1:{port}")
+        running.process = process
+        yield running
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
         process.wait(timeout=60)
         assert process.returncode == 0, log.read_text()[-4000:]
     finally:

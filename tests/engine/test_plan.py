@@ -33,7 +33,7 @@ def test_an_engine_logs_what_was_planned(monkeypatch: pytest.MonkeyPatch) -> Non
     """VLLM_CPU_KVCACHE_SPACE=1 is a KV pool of fixed size. The flags are those that the plan prints."""
     plan = planned(
         *"--context 900 --output 100 --budget 64 --concurrency 12 --block-size 32 --max-model-len 1152".split(),
-        *"--max-num-seqs 20 --dtype float32 --no-async-scheduling --kv-pool 1".split(),
+        *"--max-num-seqs 20 --dtype float32 --no-async-scheduling --kv-pool 1 --device cpu".split(),
         *"--set kv_recall=pages --set kv_recall_buffer=4".split(),
     )
     options = {"max_num_seqs": 20, "num_gpu_blocks_override": None, "async_scheduling": False}
@@ -47,8 +47,8 @@ def test_an_engine_logs_what_was_planned(monkeypatch: pytest.MonkeyPatch) -> Non
     one = plan.one
     assert int(logged["swap"]) == 13 * one.swap_blocks and int(logged["sketch"]) == 13 * one.sketch_blocks
     assert int(logged["buffer"]) == 13 * one.buffer_pages == 13 * 4
-    ours = plan.ours
-    told = {"state": ours.state_table, "prefill": ours.prefill_state, "scratch": ours.scratch, "means": ours.recall}
+    names = {"state": "state_table", "prefill": "prefill_state", "scratch": "scratch", "means": "recall"}
+    told = {name: plan.beside[purpose] for name, purpose in names.items()}
     told |= {"sketch_mib": plan.sketch_bytes, "buffer_mib": plan.buffer_bytes}
     assert {name: logged[name] for name in told} == {name: f"{size / 2**20:.1f}" for name, size in told.items()}
     assert engine.scheduler.kv_cache_manager.block_pool.num_gpu_blocks == plan.pool_blocks

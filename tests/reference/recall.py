@@ -131,7 +131,7 @@ class HeadRecall:
 
 def _rotate(x: Tensor) -> Tensor:
     """Random signs, then the orthonormal Walsh-Hadamard transform, of x [tokens, dim] filled up to a power of two."""
-    size = 1 << max(2, (x.shape[-1] - 1).bit_length())
+    size = 1 << max(4, (x.shape[-1] - 1).bit_length())
     x = torch.nn.functional.pad(x, (0, size - x.shape[-1])) * _signs(size).to(x.dtype)
     return _walsh_hadamard(x)
 

@@ -45,6 +45,18 @@ def test_pictures_of_a_sweep(tmp_path: Path) -> None:
     assert all((tmp_path / name).stat().st_size > 5000 for _, name in pictures)
 
 
+def test_frontier_of_recall(tmp_path: Path) -> None:
+    """Only the policies asked for have rows of the paper's rule; the picture exists where rows recall by pages."""
+    tasks = [{"suite": "small", "names": ["single"], "lengths": [96], "count": 3}]
+    sweep = {"policies": ["h2o", "snapkv"], "evicted_only": False, "threshold_policies": ["snapkv"], "recall": [{}]}
+    figures = measured(Config.model_validate({"name": "t", "kv_heads": 2, "tasks": tasks, "sweep": sweep}), tmp_path)
+    assert [(row["policy"], row["label"]) for row in figures["cells"]] == [
+        (None, "FullKV"), ("h2o", "+pages"), ("snapkv", "+CaliDrop .70/.85"), ("snapkv", "+pages"),
+    ]  # fmt: skip
+    assert "frontier_96.png" in [name for _, name in plots.draw(figures, tmp_path)]
+    assert (tmp_path / "frontier_96.png").stat().st_size > 5000
+
+
 def test_picture_of_codecs(tmp_path: Path) -> None:
     tasks = [{"suite": "small", "names": ["single"], "lengths": [96], "count": 2}]
     stored = [{"kv_codec": "int8"}, {"kv_read_budget": 9}, {"kv_calibration_size": 8}]

@@ -48,7 +48,7 @@ def report_of(body: Body) -> dict[str, Any]:
     if not body.get("kv_calibration", True):
         empty = {"kept": 64, "evicted": 32, "mode": "evict", "reason": "calibration_off", "bytes_read": 0}
         return empty | dict.fromkeys(sums, 0) | {"layers": {name: [0, 0] for name in COUNTS}}
-    counted = {"kept": 64, "evicted": 32, "mode": "calidrop", "reason": None, "bytes_read": 1000}
+    counted = {"kept": 64, "evicted": 32, "mode": "calidrop", "reason": None, "bytes_read": 1000, "pages_read": 2}
     return counted | sums | {"layers": COUNTS}
 
 

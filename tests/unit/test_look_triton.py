@@ -18,6 +18,7 @@ import itertools
 import torch
 from vllm_calidrop.attention.ops.look_triton import page_masses
 from vllm_calidrop.recall.sketch import encode, estimate
+from vllm_calidrop.recall.store import by_token, by_word
 
 torch.manual_seed(0)
 for head_dim, group in itertools.product((64, 80, 128), (1, 4)):
@@ -28,12 +29,12 @@ for head_dim, group in itertools.product((64, 80, 128), (1, 4)):
     keys = 3 * torch.randn(pairs * width * heads, 128, head_dim)
     mu = torch.randn(pairs, head_dim)
     codes, scales = encode(keys, torch.zeros(len(keys), head_dim))
-    codes = codes.view(pairs * width, heads, 128, -1)
+    codes = by_word(codes.view(pairs * width, heads, 128, -1)).contiguous()
     scales = scales.view(pairs * width, heads, 128)
     query = torch.randn(pairs, group, head_dim)
     found = page_masses(query, mu, codes, scales, blocks, kv_heads, stored, 0.125)
     of_pair = (blocks, kv_heads[:, None])
-    logits = estimate(query, codes[of_pair].flatten(1, 2), scales[of_pair].flatten(1), mu) * 0.125
+    logits = estimate(query, by_token(codes[of_pair].flatten(1, 2)), scales[of_pair].flatten(1), mu) * 0.125
     logits = torch.where((torch.arange(384) < stored[:, None])[:, None], logits, -torch.inf)
     torch.testing.assert_close(found, logits.unflatten(-1, (-1, 16)).logsumexp(-1), atol=1e-4, rtol=1e-5)
 """

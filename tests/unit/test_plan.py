@@ -9,12 +9,16 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.test_memory import Engine
+from vllm_calidrop.attention.cuda.room import leave_room_on_device
+from vllm_calidrop.cache.codecs import NAMES, codec_of
 from vllm_calidrop.engine import leave_room, size_pools
-from vllm_calidrop.settings import RequestSettings
+from vllm_calidrop.memory import ModelShape, swap_block_bytes
+from vllm_calidrop.settings import RequestSettings, ServerSettings, SettingsError
 from vllm_calidrop_server.plan import PerSequence, Workload, fit_budget, fit_full
 from vllm_calidrop_server.plan_command import main, parser, plan_of
 
@@ -49,9 +53,10 @@ def test_llama_3_8b_by_hand(llama: str) -> None:
     assert made.swap_bytes == 33 * 7168 * token
     assert made.sketch_bytes == made.buffer_bytes == 0
     assert made.fit_full == made.pool_blocks // 544 and made.fit_budget > 5 * made.fit_full
-    paged = plan(llama, "--context", 8192, "--budget", 1024, "--concurrency", 32, "--set", "kv_recall=pages")
+    paged = plan(
+        llama, "--context", 8192, "--budget", 1024, "--concurrency", 32, "--set", "kv_recall=pages", "--device", "cpu"
+    )
     assert paged.one.sketch_blocks == 56 and paged.sketch_bytes > 0
-    assert paged.ours == made.ours
 
 
 def test_a_rank_holds_its_heads(llama: str) -> None:
@@ -65,7 +70,8 @@ def test_a_rank_holds_its_heads(llama: str) -> None:
 @given(st.integers(1, 5000), st.integers(0, 700), st.integers(1, 5000), st.sampled_from([1, 16, 32, 128]))
 def test_blocks_of_a_sequence(prompt: int, output: int, budget: int, size: int) -> None:
     settings = RequestSettings(kv_budget=budget)
-    one = PerSequence.of(Workload(prompt, output, 1, size, settings))
+    shape = ModelShape(1, 1, 1, 64, torch.bfloat16, 10000)
+    one = PerSequence.of(Workload(prompt, output, 1, size, settings), shape)
     touched = {token // size for token in range(max(0, prompt - budget), prompt + output)}
     assert one.budget_blocks == len(touched)
     assert one.swap_blocks * 128 >= max(0, prompt - budget) > (one.swap_blocks - 1) * 128
@@ -100,17 +106,40 @@ def test_settings_count(llama: str, changed: str, swap_blocks: int) -> None:
     assert (made.one.budget_blocks == made.one.full_blocks) == ("full" in changed)
 
 
-@pytest.mark.parametrize("cpu", [False, True])
-def test_the_kv_pool_is_what_the_engine_leaves(monkeypatch: pytest.MonkeyPatch, cpu: bool) -> None:
-    """leave_room is what sizes vLLM's KV pool; it takes the swap pool from the same memory."""
+def test_the_kv_pool_is_what_the_engine_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """leave_room is what sizes vLLM's KV pool; on CPU it takes the swap pool from the same memory."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100 * 2**30))
     numbers = "--layers 3 --query-heads 8 --kv-heads 2 --head-dim 64 --dtype float32 --block-size 32".split()
     load = "--context 2000 --output 48 --budget 64 --concurrency 16 --kv-memory 10 --set kv_recall=pages".split()
-    made = plan(*numbers, *load, *["--cpu"] * cpu)
+    made = plan(*numbers, *load, "--device", "cpu")
     engine = Engine(**made.server_settings)
-    left = leave_room(engine.config, engine.worker, 10 * 2**30) + (0 if cpu else made.swap_bytes)
+    left = leave_room(engine.config, engine.worker, 10 * 2**30)
     assert left // made.block_bytes == made.pool_blocks
     assert size_pools(engine.config, engine.kv_cache_config(1000)).swap_blocks == 17 * made.one.swap_blocks
+
+
+def test_on_a_gpu_the_swap_pool_is_the_hosts() -> None:
+    """As leave_room_on_device has it; recall by pages is refused there."""
+    numbers = "--layers 3 --query-heads 8 --kv-heads 2 --head-dim 64 --dtype bfloat16 --block-size 32".split()
+    load = "--context 2000 --output 48 --budget 64 --concurrency 16 --kv-memory 10".split()
+    made = plan(*numbers, *load, "--max-num-batched-tokens", "2048")
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=16, max_num_batched_tokens=2048),
+        cache_config=SimpleNamespace(kv_cache_memory_bytes=None),
+    )
+    settings = ServerSettings(**made.server_settings)
+    left = leave_room_on_device(made.shape, made.num_slots, settings, config, 10 * 2**30)
+    assert left // made.block_bytes == made.pool_blocks
+    with pytest.raises(SettingsError, match="recall by pages is refused on a GPU"):
+        plan(*numbers, *load, "--set", "kv_recall=pages")
+
+
+@pytest.mark.parametrize("codec", NAMES)
+def test_a_codec_takes_fewer_swap_blocks(llama: str, codec: str) -> None:
+    made = plan(llama, *"--context 9000 --budget 64 --concurrency 2 --set".split(), f"kv_codec={codec}")
+    per_block = codec_of(codec, 128, torch.bfloat16).tokens_per_block
+    assert made.one.swap_blocks == -(-(9000 - 64) // per_block)
+    assert made.swap_bytes == 3 * made.one.swap_blocks * swap_block_bytes(made.shape)
 
 
 def test_text_and_json(llama: str, capsys: pytest.CaptureFixture[str]) -> None:

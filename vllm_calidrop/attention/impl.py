@@ -11,9 +11,8 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from vllm_calidrop.attention.compaction import compact, observe_chunk
 from vllm_calidrop.attention.metadata import CaliDropMetadata, DecodeRows
-from vllm_calidrop.attention.ops.decode import decode_op
+from vllm_calidrop.attention.ops.decode import decode_op, recall_op
 from vllm_calidrop.attention.ops.packed import PackedCache
-from vllm_calidrop.attention.ops.recall import add_recalled
 from vllm_calidrop.support import refuse_layer
 from vllm_calidrop.worker import CaliDropWorker, active_worker
 
@@ -25,6 +24,7 @@ class CaliDropImpl(CPUAttentionBackendImpl):
         super().__init__(*args, **kwargs)
         refuse_layer(self)
         self._decode = decode_op()
+        self._recall = recall_op()
         self._cache: PackedCache | None = None
 
     def forward(
@@ -105,5 +105,5 @@ class CaliDropImpl(CPUAttentionBackendImpl):
         lse = None if rows.recalled is None else torch.empty(queries.shape[:2], dtype=torch.float32)
         out = self._decode(rows, index, queries, cache, worker.pool, worker.table, self.scale, lse)
         if rows.recalled is not None and lse is not None:
-            add_recalled(rows.recalled, index, queries, out, lse, worker.pool, worker.table, worker.recall, self.scale)
+            self._recall(rows.recalled, index, queries, out, lse, worker.pool, worker.table, worker.recall, self.scale)
         return out

@@ -5,9 +5,18 @@ from __future__ import annotations
 
 def install_engine_hooks() -> None:
     """The engine's and the workers' side: decisions, records, counters, memory. Each waits for its module's import."""
-    from vllm_calidrop.hooks import cudagraphs, engine_core, kv_cache_manager, memory, platform, scheduler, worker
+    from vllm_calidrop.hooks import (
+        cudagraphs,
+        engine_core,
+        kv_cache_manager,
+        memory,
+        platform,
+        scheduler,
+        shutdown,
+        worker,
+    )
 
-    for hook in (platform, engine_core, scheduler, kv_cache_manager, worker, memory, cudagraphs):
+    for hook in (platform, engine_core, scheduler, kv_cache_manager, worker, memory, cudagraphs, shutdown):
         hook.install()
 
 

@@ -16,14 +16,21 @@ from torch import Tensor
 THRESHOLD = 0.9816
 LEVELS = (0.4528, 1.5104)
 CHANNELS_PER_BYTE = 4
+WORD_BYTES = 4  # codes are stored in words of 16 channels
 SEED = 0x9E3779B97F4A7C15
 
 _MASK = 2**64 - 1
 
 
 def padded_dim(head_dim: int) -> int:
-    """D': the power of two the rotation works in, at least one byte of codes."""
-    return max(CHANNELS_PER_BYTE, 1 << (head_dim - 1).bit_length())
+    """D': the power of two the rotation works in, at least one word of codes."""
+    return max(WORD_BYTES * CHANNELS_PER_BYTE, 1 << (head_dim - 1).bit_length())
+
+
+@cache
+def signs(size: int) -> Tensor:
+    """float32 [size], +1 or -1: the rotation's first half."""
+    return torch.tensor([1.0 if _splitmix64(channel) >> 63 else -1.0 for channel in range(size)])
 
 
 @cache
@@ -33,8 +40,7 @@ def rotation(head_dim: int) -> Tensor:
     hadamard = torch.ones(1, 1)
     while hadamard.shape[0] < size:
         hadamard = torch.cat((torch.cat((hadamard, hadamard), 1), torch.cat((hadamard, -hadamard), 1)), 0)
-    signs = torch.tensor([1.0 if _splitmix64(channel) >> 63 else -1.0 for channel in range(size)])
-    return (hadamard * signs / size**0.5)[:, :head_dim].contiguous()
+    return (hadamard * signs(size) / size**0.5)[:, :head_dim].contiguous()
 
 
 def encode(keys: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:

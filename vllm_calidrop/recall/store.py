@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vllm_calidrop.cache.layout import PAGE_TOKENS, SWAP_BLOCK_TOKENS
+from vllm_calidrop.cache.layout import PAGE_TOKENS, PAGES_PER_BLOCK, SWAP_BLOCK_TOKENS
 from vllm_calidrop.recall.buffer import EMPTY, OLDEST
-from vllm_calidrop.recall.sketch import CHANNELS_PER_BYTE, encode, padded_dim, token_bytes
+from vllm_calidrop.recall.sketch import CHANNELS_PER_BYTE, WORD_BYTES, encode, padded_dim, token_bytes
 from vllm_calidrop.records import SequenceRecord
 
 
@@ -37,6 +37,8 @@ class RecallRows:
     buffer_ids: Tensor
     codec: Tensor | None = None
     most_reads: Tensor | None = None
+    # What the native operator keeps from one layer of the step to the next.
+    native: Any = None
 
 
 class Sketch(NamedTuple):
@@ -47,13 +49,25 @@ class Sketch(NamedTuple):
     mu: Tensor
 
 
+def by_word(codes: Tensor) -> Tensor:
+    """Codes [..., T, B] as they are stored: [..., pages, B / 4, PAGE_TOKENS, 4]. T fills its pages."""
+    return codes.unflatten(-1, (-1, WORD_BYTES)).unflatten(-3, (-1, PAGE_TOKENS)).transpose(-3, -2)
+
+
+def by_token(codes: Tensor) -> Tensor:
+    """The inverse of `by_word`."""
+    return codes.transpose(-3, -2).flatten(-4, -3).flatten(-2)
+
+
 class RecallStore:
     """L layers, S state slots, H KV heads.
 
-    codes: uint8 [L, sketch blocks, H, SWAP_BLOCK_TOKENS, D' / 4]; scales: float16 [L, sketch blocks, H,
-    SWAP_BLOCK_TOKENS]; tokens in the order of the swap blocks. mu: float32 [L, S, H, D]. looked: bool [L, S], False
-    until the first decode step. buffer: [L, buffer pages, H, 2 (K, V), PAGE_TOKENS, D] in the cache's dtype; of each
-    buffer page and KV head, held: int64 [L, buffer pages, H] (the page of the sequence, EMPTY) and rank (0: newest).
+    codes: uint8 [L, sketch blocks, H, PAGES_PER_BLOCK, D' / 16, PAGE_TOKENS, 4]: of a page the first 4 bytes of all its
+    tokens, then the next 4, so that a look reads the same 16 channels of 16 tokens at once; scales: float16 [L, sketch
+    blocks, H, SWAP_BLOCK_TOKENS]; tokens in the order of the swap blocks. mu: float32 [L, S, H, D]. looked: bool
+    [L, S], False until the first decode step. buffer: [L, buffer pages, H, 2 (K, V), PAGE_TOKENS, D] in the cache's
+    dtype; of each buffer page and KV head, held: int64 [L, buffer pages, H] (the page of the sequence, EMPTY) and rank
+    (0: newest).
     """
 
     def __init__(
@@ -66,9 +80,10 @@ class RecallStore:
         head_dim: int,
         dtype: torch.dtype,
     ) -> None:
-        sketched = (num_layers, num_sketch_blocks, num_kv_heads, SWAP_BLOCK_TOKENS)
-        self.codes = torch.empty((*sketched, padded_dim(head_dim) // CHANNELS_PER_BYTE), dtype=torch.uint8)
-        self.scales = torch.empty(sketched, dtype=torch.float16)
+        sketched = (num_layers, num_sketch_blocks, num_kv_heads)
+        words = padded_dim(head_dim) // (CHANNELS_PER_BYTE * WORD_BYTES)
+        self.codes = torch.empty((*sketched, PAGES_PER_BLOCK, words, PAGE_TOKENS, WORD_BYTES), dtype=torch.uint8)
+        self.scales = torch.empty((*sketched, SWAP_BLOCK_TOKENS), dtype=torch.float16)
         self.mu = torch.zeros((num_layers, num_slots, num_kv_heads, head_dim), dtype=torch.float32)
         self.looked = torch.zeros((num_layers, num_slots), dtype=torch.bool)
         buffered = (num_layers, num_buffer_pages, num_kv_heads)
@@ -102,7 +117,8 @@ class RecallStore:
         mu = prompt_keys.float().mean(1)
         codes, scales = encode(evicted_keys, mu)
         padding = len(blocks) * SWAP_BLOCK_TOKENS - evicted_keys.shape[1]
-        codes = torch.nn.functional.pad(codes, (0, 0, 0, padding)).unflatten(1, (len(blocks), -1))
+        codes = torch.nn.functional.pad(codes, (0, 0, 0, padding))
+        codes = by_word(codes).unflatten(1, (len(blocks), -1))
         scales = torch.nn.functional.pad(scales, (0, padding)).unflatten(1, (len(blocks), -1))
         self.codes[layer, blocks] = codes.transpose(0, 1)
         self.scales[layer, blocks] = scales.transpose(0, 1)
@@ -116,7 +132,7 @@ class RecallStore:
         """Sketches of N pairs; slots, kv_heads: int64 [N]; blocks: int64 [N, W]; T = W * SWAP_BLOCK_TOKENS."""
         where = (blocks, kv_heads.unsqueeze(-1))
         return Sketch(
-            self.codes[layer][where].flatten(1, 2),
+            by_token(self.codes[layer][where].flatten(1, 2)),
             self.scales[layer][where].flatten(1),
             self.mu[layer, slots, kv_heads],
         )

@@ -10,9 +10,11 @@ from typing import Protocol
 from torch import Tensor
 
 from vllm_calidrop.attention.metadata import DecodeRows
-from vllm_calidrop.attention.ops import cpu, native
+from vllm_calidrop.attention.ops import cpu, native, recall
+from vllm_calidrop.attention.ops.native import recall as native_recall
 from vllm_calidrop.attention.ops.packed import PackedCache
 from vllm_calidrop.cache.swap import SwapPool
+from vllm_calidrop.recall.store import RecallRows, RecallStore
 from vllm_calidrop.state_table import StateTable
 
 logger = logging.getLogger("vllm.calidrop")
@@ -43,6 +45,21 @@ class ColumnSumsOp(Protocol):
     ) -> None: ...
 
 
+class RecallOp(Protocol):
+    def __call__(
+        self,
+        rows: RecallRows,
+        layer: int,
+        queries: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        pool: SwapPool,
+        table: StateTable,
+        store: RecallStore,
+        scale: float,
+    ) -> None: ...
+
+
 def decode_op() -> DecodeOp:
     """The decode operator."""
     return native.decode if uses_native() else cpu.decode
@@ -51,6 +68,11 @@ def decode_op() -> DecodeOp:
 def column_sums_op() -> ColumnSumsOp:
     """The operator that scores prompt tokens by the attention they received."""
     return native.add_column_sums if uses_native() else cpu.add_column_sums
+
+
+def recall_op() -> RecallOp:
+    """The operator that adds what recall by pages recalls."""
+    return native_recall.add_recalled if uses_native() else recall.add_recalled
 
 
 @cache

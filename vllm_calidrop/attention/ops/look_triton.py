@@ -12,14 +12,14 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_calidrop.cache.layout import PAGE_TOKENS, PAGES_PER_BLOCK, SWAP_BLOCK_TOKENS
-from vllm_calidrop.recall.sketch import LEVELS, rotation
+from vllm_calidrop.recall.sketch import CHANNELS_PER_BYTE, LEVELS, padded_dim, rotation
 
 
 @triton.jit
 def look_kernel(  # type: ignore[no-untyped-def]  # annotations of a kernel are read as constants
     rotated,  # float32 [N, G, 4, D' / 4]: Rot q, channels of a byte apart
     along_mu,  # float32 [N, G]: q . mu
-    codes,  # uint8 [blocks, H, TOKENS, D' / 4], one layer's
+    codes,  # uint8 [blocks, H, PAGES, D' / 16, TOKENS / PAGES, 4], one layer's
     scales,  # float16 [blocks, H, TOKENS]
     blocks,  # int64 [N, W]
     kv_heads,  # int64 [N]
@@ -43,7 +43,10 @@ def look_kernel(  # type: ignore[no-untyped-def]  # annotations of a kernel are 
     page = column * PAGES + tl.arange(0, PAGES)
     exists = column * TOKENS + token < count
     row = tl.load(blocks + pair * width + column) * num_heads + tl.load(kv_heads + pair)
-    code = tl.load(codes + (row * TOKENS + token[:, None]) * BYTES + byte[None, :], mask=exists[:, None], other=0)
+    lane = TOKENS // PAGES
+    of_token = (row * TOKENS + token // lane * lane) * BYTES + token % lane * 4
+    of_byte = byte // 4 * 4 * lane + byte % 4
+    code = tl.load(codes + of_token[:, None] + of_byte[None, :], mask=exists[:, None], other=0)
     code = code.to(tl.int32)
     c = tl.load(scales + row * TOKENS + token, mask=exists, other=0.0).to(tl.float32)
     for head in tl.static_range(GROUP):
@@ -75,11 +78,11 @@ def page_masses(
 ) -> Tensor:
     """l_hp of N pairs: float32 [N, G, W * PAGES_PER_BLOCK], -inf for pages that do not exist.
 
-    query: [N, G, D]; mu: float32 [N, D]; of one layer, codes: uint8 [blocks, H, SWAP_BLOCK_TOKENS, D' / 4] and scales:
+    query: [N, G, D]; mu: float32 [N, D]; of one layer of a RecallStore, codes: uint8 and scales:
     float16 [blocks, H, SWAP_BLOCK_TOKENS]; blocks: int64 [N, W]; kv_heads, stored: int64 [N].
     """
     pairs, group, head_dim = query.shape
-    width, num_bytes = blocks.shape[1], codes.shape[-1]
+    width, num_bytes = blocks.shape[1], padded_dim(head_dim) // CHANNELS_PER_BYTE
     query = query.float()
     rotated = query @ rotation(head_dim).to(query.device).T
     by_channel = rotated.unflatten(-1, (num_bytes, 4)).transpose(-1, -2).contiguous()
