@@ -77,7 +77,8 @@ def size_pools(vllm_config: Any, kv_cache_config: Any) -> PoolSizes:
         _model_shape(vllm_config, kv_cache_config),
         _settings(vllm_config),
     )
-    ranks = vllm_config.parallel_config.tensor_parallel_size
+    parallel = vllm_config.parallel_config
+    ranks = parallel.tensor_parallel_size * max(1, getattr(parallel, "data_parallel_size_local", 1))
     free_host = psutil.virtual_memory().available // ranks
     kv_pool = kv_cache_config.num_blocks * spec.page_size_bytes * shape.num_layers
     swap = settings.swap_bytes

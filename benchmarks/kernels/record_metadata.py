@@ -17,6 +17,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("output", type=Path)
     parser.add_argument("--eager", action="store_true", help="no torch.compile and no CUDA graphs")
+    parser.add_argument("--outputs", type=int, default=12, help="tokens of every answer")
     parser.add_argument("--vocabulary", type=int, default=500, help="prompts are random ids below this")
     arguments = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the recorder looks into the engine's process
@@ -44,7 +45,9 @@ def main() -> None:
     h2o = {"kv_budget": 64, "kv_policy": "h2o"}
     budgets: list[dict[str, object]] = [{"kv_budget": 32}, h2o, {}, {"kv_budget": 33}, {}]
     params = [
-        SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False, extra_args=budget or None)
+        SamplingParams(
+            temperature=0, max_tokens=arguments.outputs, ignore_eos=True, detokenize=False, extra_args=budget or None
+        )
         for budget in budgets
     ]
     llm.generate(prompts, params, use_tqdm=False)

@@ -1,4 +1,4 @@
-"""The CUDA backend inside the real engine, without a GPU: V2 model runner, interpreted kernels; its own process."""
+"""The CUDA backend inside the real engine, without a GPU: interpreted kernels, either model runner; a process each."""
 
 from __future__ import annotations
 
@@ -14,21 +14,30 @@ from vllm_calidrop.flavour import FLAVOUR_VARIABLE
 pytestmark = pytest.mark.engine
 
 
-def test_the_cuda_backend_equals_the_reference() -> None:
+def identities(runner: str) -> list[str]:
+    """What the run said was equal, under model runner "1" (V2, the default on GPUs) or "0" (V1)."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "support" / "v2_runner"), str(ROOT)]),
         "TRITON_INTERPRET": "1",
-        "VLLM_USE_V2_MODEL_RUNNER": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": runner,
         FLAVOUR_VARIABLE: "cuda",
     }
     run = subprocess.run(
-        [sys.executable, "-m", "tests.engine.v2_cuda"],
+        [sys.executable, "-m", "tests.engine.cuda_identity"],
         env=environment,
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1500,
     )
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
-    said = [line for line in run.stdout.splitlines() if line.endswith(": equal")]
-    assert said == ["reference: equal"]
+    return [line for line in run.stdout.splitlines() if line.endswith(": equal")]
+
+
+def test_the_cuda_backend_under_the_v2_model_runner() -> None:
+    assert identities("1") == ["reference: equal", "captured metadata: equal"]
+
+
+@pytest.mark.full
+def test_the_cuda_backend_under_the_v1_model_runner() -> None:
+    assert identities("0") == ["reference: equal"]

@@ -269,7 +269,7 @@ def run_python(code: str, *arguments: str, **environment: str) -> subprocess.Com
 
 
 EVERY_HOOK = """
-import contextlib, importlib, pkgutil, sys, types
+import contextlib, importlib, inspect, pkgutil, sys, types
 from vllm_calidrop import hooks
 from vllm_calidrop.hooks import on_import, wrap
 
@@ -305,7 +305,7 @@ def without(owner, name):
     setattr(owner, name, raw)
 
 for part, owner, name, _, expected in wanted:
-    symbol = f"{owner.__module__}.{owner.__qualname__}.{name}"
+    symbol = wrap._symbol_of(owner, name)
     with without(owner, name):
         refused(part, symbol)
         setattr(owner, name, lambda renamed, *others: None)
@@ -313,14 +313,15 @@ for part, owner, name, _, expected in wanted:
         if len(expected) > 1:
             setattr(owner, name, lambda self, renamed: None)
             refused(part, symbol)
-    module = sys.modules[owner.__module__]
-    with without(module, owner.__name__):
-        refused(part, owner.__name__)
+    if inspect.isclass(owner):
+        module = sys.modules[owner.__module__]
+        with without(module, owner.__name__):
+            refused(part, owner.__name__)
 
 hooks.install_engine_hooks()
 hooks.install_api_hooks()
 symbols = {hook.symbol for hook in wrap.installed_hooks()}
-assert symbols == {f"{owner.__module__}.{owner.__qualname__}.{name}" for _, owner, name, *_ in wanted}
+assert symbols == {wrap._symbol_of(owner, name) for _, owner, name, *_ in wanted}
 print(*sorted(symbols), sep="\\n")
 """
 

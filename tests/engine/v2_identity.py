@@ -47,7 +47,9 @@ def main() -> None:
         num_gpu_blocks_override=26,
         additional_config={"calidrop": {"swap_bytes": 64 * 2**20}},
     )
-    asks = [Ask(prompt_of(150, seed), 90, {"kv_budget": 96} if seed % 2 else {}) for seed in range(5)]
+    # One prompt by SnapKV, whose scores tie on it; more would leave the check of kept sets too little.
+    settings = {1: {"kv_budget": 96}, 3: {"kv_budget": 96, "kv_policy": "streaming_llm"}}
+    asks = [Ask(prompt_of(150, seed), 90, settings.get(seed, {})) for seed in range(5)]
     answers = small.ask(asks)
     assert any(answer.preempted_at and ask.settings for ask, answer in zip(asks, answers, strict=True)), (
         "none preempted"

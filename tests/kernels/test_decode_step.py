@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from triton.runtime.interpreter import interpreter_builder
@@ -24,6 +26,25 @@ SHAPES = [
 def test_equals_reference(shape: Shape) -> None:
     case = make(shape, ROWS)
     assert_same(case, run(case))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_batches(seed: int) -> None:
+    pick = random.Random(seed)
+    layout, block_size = pick.choice(("cuda-tokens", "cuda-heads", "cpu-vec")), 16 * pick.randint(1, 9)
+    shape = Shape(pick.randint(1, 3), pick.randint(1, 16), 8 * pick.randint(2, 20), block_size, torch.float32, layout)
+    rows = []
+    for _ in range(5):
+        end = pick.randint(1, 200)
+        theta1 = pick.uniform(-1, 1)
+        rows.append(
+            Row(
+                end, pick.randrange(end), pick.choice((0, pick.randint(1, 260))), pick.random() < 0.2, theta1,
+                pick.uniform(theta1, 1), pick.randrange(len(Gate)), pick.uniform(0, 3),
+            )
+        )  # fmt: skip
+    case = make(shape, rows, seed)
+    assert_same(case, run(case, pick.randint(1, 3)))
 
 
 def test_every_branch_is_taken_by_every_gate() -> None:

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 from vllm.config.compilation import CUDAGraphMode
+from vllm.forward_context import BatchDescriptor
 from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.utils import AttentionGroup
 
@@ -20,6 +23,8 @@ from vllm_calidrop.attention.cuda.step_table import StepTable
 from vllm_calidrop.attention.cuda.worker import CaliDropCudaWorker
 from vllm_calidrop.cache.layout import first_kept_block, view_start
 from vllm_calidrop.cache.spec import CaliDropSpec
+from vllm_calidrop.hooks import cudagraphs
+from vllm_calidrop.hooks.wrap import original_of
 from vllm_calidrop.memory import ModelShape, PoolSizes
 from vllm_calidrop.records import SequenceRecord, StepRecords
 from vllm_calidrop.worker import step_of
@@ -256,3 +261,48 @@ def test_step_table_of_no_rows_and_of_all(rows: int) -> None:
     view = table.rows(MAX_ROWS, torch.zeros((MAX_ROWS, 1)))
     assert view.end.tolist() == (all_rows + 10).tolist() + [0] * (MAX_ROWS - rows)
     assert table.stock_lens.tolist() == [1] * rows + [0] * (MAX_ROWS - rows)
+
+
+# which CUDA graph a batch gets
+
+
+class Dispatch:
+    """vLLM's two choosers of a graph, wrapped, with a full graph for decodes and a piecewise one for all batches."""
+
+    def __init__(self) -> None:
+        full, piecewise = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
+        self._v2: Any = object.__new__(CudaGraphManager)
+        self._v2._graphs_captured, self._v2._lora_dispatch_map, self._v2._max_lora_case = True, {}, 0
+        graphs = [BatchExecutionDescriptor(full, 2, 2, 1), BatchExecutionDescriptor(piecewise, 2, None)]
+        self._v2._candidates = {(2, 0): graphs}
+        self._v1: Any = object.__new__(CudagraphDispatcher)
+        self._v1.keys_initialized, self._v1.cudagraph_mode = True, CUDAGraphMode.FULL_AND_PIECEWISE
+        self._v1.compilation_config = SimpleNamespace(max_cudagraph_capture_size=2)
+        self._v1.vllm_config = SimpleNamespace(lora_config=None, scheduler_config=SimpleNamespace(max_num_seqs=8))
+        self._v1.specialize_lora_count, self._v1.uniform_decode_query_len = False, 1
+        self._v1._bs_to_padded_graph_size = [0, 1, 2]
+        self._v1.cudagraph_keys = {
+            full: {BatchDescriptor(2, num_reqs=2, uniform=True)},
+            piecewise: {BatchDescriptor(2)},
+        }
+
+    def v1(self) -> CUDAGraphMode:
+        wrapped = cudagraphs._as_mixed_v1(original_of(CudagraphDispatcher, "dispatch"))
+        return wrapped(self._v1, 2, uniform_decode=True)[0]
+
+    def v2(self) -> CUDAGraphMode:
+        wrapped = cudagraphs._as_mixed_v2(original_of(CudaGraphManager, "dispatch"))
+        mode: CUDAGraphMode = wrapped(self._v2, 2, 2, 1, 0).cg_mode
+        return mode
+
+
+def test_no_full_graph_while_a_prompt_is_to_be_compacted() -> None:
+    engine, dispatch = Engine(), Dispatch()
+    assert (dispatch.v1(), dispatch.v2()) == (CUDAGraphMode.FULL, CUDAGraphMode.FULL)
+    engine.run([("mine", 0, 40)], (record("mine", slot=1, prompt=41, budget=10),))
+    engine.run([("mine", 40, 1), ("plain", 9, 1)])
+    with step_of(engine.worker):
+        assert (dispatch.v1(), dispatch.v2()) == (CUDAGraphMode.PIECEWISE, CUDAGraphMode.PIECEWISE)
+    engine.run([("mine", 41, 1), ("plain", 10, 1)])
+    with step_of(engine.worker):
+        assert (dispatch.v1(), dispatch.v2()) == (CUDAGraphMode.FULL, CUDAGraphMode.FULL)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,6 +60,47 @@ def test_evicted_kv_by_way_of_staging(tokens: int, monkeypatch: pytest.MonkeyPat
         keys, values = pool.read(layer, torch.tensor([block_ids]), torch.tensor([head]))
         assert torch.equal(keys[0, :tokens], kv[0, head]) and torch.equal(values[0, :tokens], kv[1, head])
     pool.close()
+
+
+class LateStream:
+    """A stream whose work is done only when somebody waits for it."""
+
+    def __init__(self) -> None:
+        self.queue: list[Callable[[], None]] = []
+        self.waits: list[Any] = []
+
+    def wait_stream(self, other: Any) -> None:
+        self.waits.append(other)
+
+    def record_event(self) -> int:
+        return len(self.queue)
+
+    def run_until(self, event: int) -> None:
+        for work in self.queue[:event]:
+            work()
+        self.queue[:event] = [lambda: None] * event
+
+
+def test_copies_that_are_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is packed into a buffer before its copies are done, and nothing is read before all of them are."""
+    heads, head_dim = 1, 16
+    block = PinnedSwapPool.block_bytes(1, heads, head_dim, torch.float32)
+    monkeypatch.setattr(host_pool, "STAGING_BYTES", 2 * block)
+    pool, late = PinnedSwapPool(1, 12, heads, head_dim, torch.float32, CPU), LateStream()
+    pool.pages.zero_()
+    copy, compute = pool._copy, SimpleNamespace(wait_event=late.run_until)
+    monkeypatch.setattr(pool, "_stream", late)
+    monkeypatch.setattr(pool, "_copy", lambda *work: late.queue.append(lambda: copy(*work)))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: compute)
+    for part in pool.parts(tuple(range(7)), 7 * SWAP_BLOCK_TOKENS):
+        part.staging.copy_(torch.tensor([1.0 + i for i in part.block_ids])[:, None, None, None, None, None])
+        pool.send(0, part)
+    assert late.waits == [compute] * 4, "a copy begins after what fills its buffer"
+    written = [pool.pages[0, i].unique().tolist() for i in range(7)]
+    assert written == [[1.0], [2.0], [3.0], [4.0], [0.0], [0.0], [0.0]], "two buffers are still on their way"
+    pool.join()
+    assert [pool.pages[0, i].unique().tolist() for i in range(7)] == [[1.0 + i] for i in range(7)]
 
 
 def test_worker_is_counted_to_the_byte() -> None:

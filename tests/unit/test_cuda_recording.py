@@ -1,7 +1,7 @@
 """Replays what vLLM's model runners handed to the CUDA builder: `recordings/*.json`, each from one run of an engine.
 
-The recordings say where they were made (`about`). `v2_cpu.json` is of the V2 runner on CPU under Triton's interpreter
-(tests/engine/v2_cuda.py); those of a GPU come from benchmarks/kernels/record_metadata.py.
+The recordings say where they were made (`about`). `v1_cpu.json` and `v2_cpu.json` are of the two runners on CPU under
+Triton's interpreter (tests/engine/cuda_identity.py); those of a GPU come from benchmarks/kernels/record_metadata.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NUM_SLOTS, MAX_LEN = 64, 2048
 
 
 def test_there_is_a_recording() -> None:
-    assert "v2_cpu" in [path.stem for path in RECORDINGS]
+    assert {"v1_cpu", "v2_cpu"} <= {path.stem for path in RECORDINGS}
 
 
 class Replay:

@@ -76,6 +76,8 @@ class CaliDropCudaWorker(CaliDropWorker):
         return view_scratch(self._scratch, num_rows, *self._heads)
 
     def _counts_of(self, slots: list[int]) -> Tensor:
+        if not slots:
+            return self.table.counts[:0]
         index = torch.empty(len(slots), dtype=torch.int64, device=self._device)
         upload(np.array(slots, dtype=np.int64), index)
         return self.table.counts.index_select(0, index)
