@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.accuracy.cells import NAMES
 from benchmarks.accuracy.summary import ALL
 
 Row = dict[str, Any]
@@ -90,8 +91,14 @@ def _methods(summary: dict[str, Any], length: str) -> str:
         scores = _scores(figures, tasks)
         if row["policy"] and figures[ALL]["score"] == best[row["budget"]] > 0:
             scores[-2] = f"**{scores[-2]}**"
-        lines.append(_line([row["label"], *scores]))
+        lines.append(_line([_name(summary, row), *scores]))
     return "\n".join(lines)
+
+
+def _name(summary: dict[str, Any], row: Row) -> str:
+    """The row's label; with its policy where no evicted-only row above says which one it is."""
+    heads = any((r["policy"], r["thresholds"], r["recall"]) == (row["policy"], None, None) for r in summary["cells"])
+    return str(row["label"]) if heads or row["policy"] is None else f"{NAMES[row['policy']]} {row['label']}"
 
 
 def _grid(summary: dict[str, Any], length: str) -> str:
@@ -151,7 +158,7 @@ def _costs(summary: dict[str, Any], length: str) -> str:
                 f"{total['bytes_read'] / 1e6:.2f}",
                 " ".join(f"{rate:.2f}" for rate in total["recompute_by_layer"]),
             ]
-        lines.append(_line([str(row["budget"] or "full"), row["label"], score, str(total["n"]), *cells]))
+        lines.append(_line([str(row["budget"] or "full"), _name(summary, row), score, str(total["n"]), *cells]))
     return "\n".join(lines)
 
 

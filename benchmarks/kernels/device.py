@@ -36,10 +36,13 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 # Calls captured in one graph, so that what the host needs to launch them is not timed.
 CAPTURED = 10
+# Slow calls are repeated for about so long, and at least so often.
+TIMED_SECONDS, LEAST = 2.0, 5
 
 
 def seconds(call: Call, device: torch.device, repeats: int, captured: bool = True) -> float:
-    """Median time of a warm call. On a GPU: by events, captured in a CUDA graph, or launched one by one."""
+    """Median time of a warm call. On a GPU: by events, captured in a CUDA graph, or launched one by one; slow calls are
+    repeated less often."""
     if device.type != "cuda":
         call()
         times = []
@@ -51,14 +54,17 @@ def seconds(call: Call, device: torch.device, repeats: int, captured: bool = Tru
     calls = 1
     for _ in range(3):
         call()
+    torch.cuda.synchronize()
     if captured:
-        torch.cuda.synchronize()
         graph, calls = torch.cuda.CUDAGraph(), CAPTURED
         with torch.cuda.graph(graph):
             for _ in range(calls):
                 call()
         call = graph.replay
-        call()
+    started = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    repeats = min(repeats, max(LEAST, int(TIMED_SECONDS / (time.perf_counter() - started))))
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     marks[0].record()
     for mark in marks[1:]:
@@ -69,8 +75,10 @@ def seconds(call: Call, device: torch.device, repeats: int, captured: bool = Tru
 
 
 # What makes the host wait, by the names under which CUDA's profiler and torch's report it.
-WAITING = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy", "aten::item",
-           "aten::_local_scalar_dense", "aten::nonzero")  # fmt: skip
+WAITING = (
+    "cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cuStreamSynchronize",
+    "cuCtxSynchronize", "cuEventSynchronize", "aten::item", "aten::_local_scalar_dense", "aten::nonzero",
+)  # fmt: skip
 
 
 def synchronisations(call: Call, device: torch.device, steps: int) -> dict[str, int]:
@@ -79,7 +87,7 @@ def synchronisations(call: Call, device: torch.device, steps: int) -> dict[str, 
     # The profiler waits itself when it stops.
     counts = _waits(call, device, steps)
     counts.subtract(_waits(call, device, 0))
-    return {name: count for name, count in counts.items() if count}
+    return {name: count for name, count in counts.items() if count > 0}
 
 
 def _waits(call: Call, device: torch.device, steps: int) -> Counter[str]:

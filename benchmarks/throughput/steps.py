@@ -14,6 +14,7 @@ SEQUENCES, BUDGET = 16, 128
 DISTINCT = 512  # prompts up to this length differ from each other
 EVICTION = {"kv_budget": BUDGET, "kv_calibration": False}
 CALIDROP = {"kv_budget": BUDGET, "kv_theta1": 0.7, "kv_theta2": 0.85}
+PAGES = {"kv_budget": BUDGET, "kv_recall": "pages", "kv_recall_theta": 2.0}
 RECOMPUTE = {"kv_budget": BUDGET, "kv_theta1": 2.0, "kv_theta2": 2.0}
 
 
@@ -24,6 +25,7 @@ def measure(model: str, lengths: list[int], steps: int) -> list[dict[str, Any]]:
     cases: list[tuple[str, int, dict[str, Any]]] = [("no budget", BUDGET, {})]
     for length in lengths:
         cases += [("eviction only", length, EVICTION), ("calidrop .7/.85", length, CALIDROP)]
+        cases.append(("pages, a look every step", length, PAGES))
     cases.append(("recompute always", max(lengths), RECOMPUTE))
     rows = []
     try:

@@ -14,12 +14,16 @@ from vllm_calidrop.flavour import FLAVOUR_VARIABLE
 pytestmark = pytest.mark.engine
 
 
-def identities(runner: str) -> list[str]:
-    """What the run said was equal, under model runner "1" (V2, the default on GPUs) or "0" (V1)."""
+def identities(runner: str, layout: str) -> list[str]:
+    """What the run said was equal, under model runner "1" (V2, the default on GPUs) or "0" (V1).
+
+    layout: of the KV cache, "NHD" (tokens outside, vLLM's choice) or "HND".
+    """
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "support" / "v2_runner"), str(ROOT)]),
         "TRITON_INTERPRET": "1",
         "VLLM_USE_V2_MODEL_RUNNER": runner,
+        "VLLM_KV_CACHE_LAYOUT": layout,
         FLAVOUR_VARIABLE: "cuda",
     }
     run = subprocess.run(
@@ -35,9 +39,9 @@ def identities(runner: str) -> list[str]:
 
 
 def test_the_cuda_backend_under_the_v2_model_runner() -> None:
-    assert identities("1") == ["reference: equal", "captured metadata: equal"]
+    assert identities("1", "NHD") == ["reference: equal", "captured metadata: equal"]
 
 
 @pytest.mark.full
 def test_the_cuda_backend_under_the_v1_model_runner() -> None:
-    assert identities("0") == ["reference: equal"]
+    assert identities("0", "HND") == ["reference: equal"]

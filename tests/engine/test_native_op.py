@@ -1,11 +1,12 @@
-"""Both implementations of the decode operator, in the real engine, against the reference."""
+"""Both implementations of the operators, in the real engine, against the reference and, reading every page, full KV."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.engine.cases import MODEL, CachedReference, ask_of, covering_combinations
-from tests.engine.harness import Engine, assert_equal_to_reference
+from tests.engine.cases import MODEL, CachedReference, ask_of, covering_combinations, prompt_of
+from tests.engine.harness import Ask, Engine, assert_equal_to_reference
+from tests.engine.test_recall import PAGES, asks_of
 from vllm_calidrop.attention.ops import decode
 from vllm_calidrop.attention.ops.native import build
 
@@ -26,9 +27,15 @@ def test_equals_the_reference(
     decode.uses_native.cache_clear()
     engine = Engine(MODEL, block_size=block_size)
     asks = [ask_of(combination, seed) for seed, combination in enumerate(covering_combinations())][::3]
+    asks += asks_of(seed=2)[:27:4]
+    full = [Ask(prompt_of(500, seed), 12) for seed in range(4)]
+    every_page = {"kv_budget": 64, "kv_recall_theta": 2.0, "kv_recall_eps": 0.0, "kv_recall_pages": 1000, **PAGES}
+    whole = [Ask(ask.prompt, ask.max_tokens, every_page) for ask in full]
     try:
         assert decode.decode_op().__module__.endswith({"torch": "cpu", "native": "native"}[operator])
+        assert decode.recall_op().__module__.endswith({"torch": "ops.recall", "native": "native.recall"}[operator])
         assert_equal_to_reference(asks, engine.ask(asks), [reference(ask) for ask in asks])
+        assert [answer.tokens for answer in engine.ask(whole)] == [answer.tokens for answer in engine.ask(full)]
         engine.assert_nothing_in_use()
     finally:
         engine.close()

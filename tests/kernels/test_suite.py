@@ -11,6 +11,7 @@ import torch
 from benchmarks.kernels import correctness
 from benchmarks.kernels.__main__ import failures, main
 from benchmarks.kernels.cases import Shape
+from benchmarks.kernels.device import synchronisations
 
 
 def test_every_part_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,6 +38,12 @@ def test_what_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not failures({"step": [step]})
     waits = [step | {"synchronisations": {"cudaStreamSynchronize": 1}}, step | {"graph_equals_launch": False}]
     assert failures({"step": waits}) == waits
+
+
+def test_what_makes_the_host_wait_is_counted() -> None:
+    number, device = torch.ones(1), torch.device("cpu")
+    assert synchronisations(number.item, device, 3)["aten::item"] == 3
+    assert synchronisations(number.clone, device, 3) == {}
 
 
 def test_a_gpu_is_asked_for() -> None:

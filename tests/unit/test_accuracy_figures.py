@@ -53,6 +53,8 @@ def test_frontier_of_recall(tmp_path: Path) -> None:
     assert [(row["policy"], row["label"]) for row in figures["cells"]] == [
         (None, "FullKV"), ("h2o", "+pages"), ("snapkv", "+CaliDrop .70/.85"), ("snapkv", "+pages"),
     ]  # fmt: skip
+    run_of = {"model": "m", "mode": "completion"}
+    assert "| SnapKV +pages |" in report.markdown(figures, run_of, "policies", [])
     assert "frontier_96.png" in [name for _, name in plots.draw(figures, tmp_path)]
     assert (tmp_path / "frontier_96.png").stat().st_size > 5000
 

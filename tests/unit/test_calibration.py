@@ -205,7 +205,7 @@ def test_every_row_has_its_own_gate_and_thresholds() -> None:
 
     rho = torch.tensor([[[1.0, -1.0]]]).expand(3, 1, 2)
     decision = decide(rho, torch.tensor([-2.0, 2.0, -2.0]), torch.tensor([2.0, 2.0, -2.0]), torch.zeros(3, dtype=int))
-    assert [letters(*row)[0] for row in zip(*decision)] == ["--", "rr", "mm"]
+    assert [letters(*row)[0] for row in zip(decision.recompute, decision.merge)] == ["--", "rr", "mm"]
 
 
 @given(

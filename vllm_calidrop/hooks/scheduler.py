@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm_calidrop.hooks.on_import import when_imported
 from vllm_calidrop.hooks.wrap import wrap_method
-from vllm_calidrop.records import COUNTERS_ATTRIBUTE, RECORDS_ATTRIBUTE
+from vllm_calidrop.records import COUNTERS_ATTRIBUTE, MEASURES_ATTRIBUTE, RECORDS_ATTRIBUTE
 from vllm_calidrop.selection import is_selected
 
 REPORT_KEY = "calidrop"
@@ -74,6 +74,7 @@ def _exchange_reports(original: Callable[..., Any]) -> Callable[..., Any]:
         if ledger is None:
             return original(self, scheduler_output, model_runner_output, *args, **kwargs)
         ledger.step_processed(getattr(model_runner_output, COUNTERS_ATTRIBUTE, {}))
+        ledger.totals.measured(getattr(model_runner_output, MEASURES_ATTRIBUTE, None))
         refusals = _end_refused(self, ledger)
         by_client = original(self, scheduler_output, model_runner_output, *args, **kwargs)
         for client, output in refusals:

@@ -8,12 +8,11 @@ the sampled tokens, without a synchronisation of their own. `shutdown`: what is 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 from vllm_calidrop.hooks.on_import import when_imported
 from vllm_calidrop.hooks.wrap import require_wrapped, wrap_method
-from vllm_calidrop.records import COUNTERS_ATTRIBUTE, records_of
+from vllm_calidrop.records import COUNTERS_ATTRIBUTE, MEASURES_ATTRIBUTE, records_of
 
 
 def install() -> None:
@@ -70,7 +69,8 @@ def _send_counters(original: Callable[..., Any]) -> Callable[..., Any]:
             return output
         from vllm_calidrop.counters import PendingCounts
 
-        return _attach(output, owners, PendingCounts(_sum_over_ranks(counts)))
+        measures = self.calidrop.measures.snapshot()
+        return _attach(output, owners, PendingCounts(_sum_over_ranks(counts)), measures)
 
     return sample_tokens
 
@@ -85,32 +85,23 @@ def _sum_over_ranks(counts: Any) -> Any:
     return group.all_reduce(counts.float()).to(counts.dtype)
 
 
-def _attach(output: Any, owners: Any, pending: Any) -> Any:
+def _attach(output: Any, owners: Any, pending: Any, measures: Any) -> Any:
     from vllm.v1.outputs import AsyncModelRunnerOutput
 
     from vllm_calidrop.worker import counters_of
 
     if not isinstance(output, AsyncModelRunnerOutput):
         setattr(output, COUNTERS_ATTRIBUTE, counters_of(owners, pending.wait()))
+        setattr(output, MEASURES_ATTRIBUTE, measures)
         return output
-    return _with_counters()(output, owners, pending)
-
-
-@cache
-def _with_counters() -> Any:
-    from vllm.v1.outputs import AsyncModelRunnerOutput
-
-    from vllm_calidrop.worker import counters_of
 
     class WithCounters(AsyncModelRunnerOutput):
         """vLLM's pending output; the counters join it when its tokens have arrived."""
 
-        def __init__(self, output: Any, owners: Any, pending: Any) -> None:
-            self._output, self._owners, self._pending = output, owners, pending
-
         def get_output(self) -> Any:
-            finished = self._output.get_output()
-            setattr(finished, COUNTERS_ATTRIBUTE, counters_of(self._owners, self._pending.wait()))
+            finished = output.get_output()
+            setattr(finished, COUNTERS_ATTRIBUTE, counters_of(owners, pending.wait()))
+            setattr(finished, MEASURES_ATTRIBUTE, measures)
             return finished
 
-    return WithCounters
+    return WithCounters()

@@ -38,6 +38,7 @@ class SlotTable:
     def admit(self, records: list[SequenceRecord]) -> None:
         """A step's new sequences. Steps in flight read other slots, or come before this in the stream."""
         for record in records:
+            assert record.recall is None and record.codec == "none" and record.most_reads is None, record
             slot = record.slot
             self._host[:3, slot] = (record.prompt_len - record.budget, record.stored, record.gate)
             self._thetas[:, slot] = (record.theta1, record.theta2)
