@@ -94,13 +94,14 @@ NONFINITE = Metric(
 COMPACTION_SECONDS = Metric(
     "compaction_seconds",
     "histogram",
-    "Time to compact one prompt, all layers together, on the first rank.",
+    "Time to compact one prompt, all layers together, on the first rank; CPU back end.",
     buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0),
 )
 SIMILARITY = Metric(
     "similarity",
     "histogram",
-    "Cosine similarity of a decode query to the query its stored state was computed with, one per decision.",
+    "Cosine similarity of a decode query to the one its stored state was computed with, one per decision of the first "
+    "rank's heads; CPU back end.",
     buckets=(0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98, 1.0),
 )
 DEFAULTS_VERSION = Metric(

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
-# The attribute under which a StepRecords travels on vLLM's SchedulerOutput, and counters on its ModelRunnerOutput.
+# The attribute under which a StepRecords travels on vLLM's SchedulerOutput, and counters and the worker's measures on
+# its ModelRunnerOutput.
 RECORDS_ATTRIBUTE = "calidrop"
 COUNTERS_ATTRIBUTE = "calidrop_counters"
+MEASURES_ATTRIBUTE = "calidrop_measures"
 
 # Columns of the counters, per layer: decisions of query heads, reads of KV head groups, 16-token pages read by those.
 # pages_read is counted for recall by pages; otherwise it follows from group_reads (cache/ledger.py). skipped: KV head
@@ -81,10 +83,17 @@ class StepRecords:
 
 @dataclass
 class SequenceCounters:
-    """Counters of one sequence since its admission, summed over ranks. counts: int64 [layers, COUNTERS]."""
+    """Counters of one sequence since its admission, summed over ranks. counts: int64 [layers, COUNTERS].
+
+    sums: those over the layers, where somebody has added them up already.
+    """
 
     admission: int
     counts: np.ndarray
+    sums: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.sums = self.sums or self.counts.sum(0).tolist()
 
 
 def records_of(scheduler_output: Any) -> StepRecords | None:

@@ -24,11 +24,13 @@ class Sequence:
 
     window_queries: per layer the queries seen so far of the last `window` prompt positions, [window, Hq, D].
     column_sums: per layer H2O's sums, float32 [H, P]; exists only in prefill.
+    compaction_seconds: time that the layers compacted so far have taken.
     """
 
     record: SequenceRecord
     window_queries: dict[int, Tensor] = field(default_factory=dict)
     column_sums: dict[int, Tensor] = field(default_factory=dict)
+    compaction_seconds: float = 0.0
 
 
 class SequenceTable:

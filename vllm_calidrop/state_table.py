@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vllm_calidrop.calibration import AttentionState, Decision
+from vllm_calidrop.measures import similarity_histogram
 from vllm_calidrop.records import COUNTERS
 
 SKIPPED, NONFINITE = COUNTERS.index("skipped"), COUNTERS.index("nonfinite")
@@ -16,7 +17,8 @@ class StateTable:
 
     Shapes: L layers, S slots, H KV heads, G query heads per KV head, D head_dim.
     query: [L, S, H, G, D] model dtype (a copy of a query, so nothing is lost); out: [L, S, H, G, D] float32;
-    lse: [L, S, H, G] float32; counts: int64 [S, L, len(COUNTERS)] since the slot's admission. device: None: the host.
+    lse: [L, S, H, G] float32; counts: int64 [S, L, len(COUNTERS)] since the slot's admission. similarity: int64, of all
+    decisions since the start, counted by the CPU operators (measures.py). device: None: the host.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class StateTable:
         self.query = torch.zeros((*shape, head_dim), dtype=dtype, device=device)
         self.out = torch.zeros((*shape, head_dim), dtype=torch.float32, device=device)
         self.lse = torch.full(shape, -torch.inf, dtype=torch.float32, device=device)
+        self.similarity = similarity_histogram()
         self.counts = torch.zeros((num_slots, num_layers, len(COUNTERS)), dtype=torch.int64, device=device)
 
     @staticmethod

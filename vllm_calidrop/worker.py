@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vllm_calidrop.cache.swap import SwapPool
+from vllm_calidrop.measures import Measures
 from vllm_calidrop.memory import ModelShape, PoolSizes
 from vllm_calidrop.policies import Selection
 from vllm_calidrop.recall.store import RecallStore
@@ -40,6 +41,7 @@ class CaliDropWorker:
         self.recall = RecallStore(
             layers, num_slots, pools.sketch_blocks, pools.buffer_pages, kv_heads, head_dim, shape.dtype
         )
+        self.measures = Measures(self.table.similarity)
         self.on_compaction: CompactionListener | None = None
         self._step_ids: list[str] = []
 
@@ -75,6 +77,12 @@ class CaliDropWorker:
             return [index_to_id[index] for index in common_attn_metadata.req_idx.tolist()]
         return list(self.runner.input_batch.req_ids[: common_attn_metadata.num_reqs])
 
+    def layer_compacted(self, sequence: Sequence, layer: int, seconds: float) -> None:
+        """One layer of a sequence was compacted; with the last one the sequence's time is known."""
+        sequence.compaction_seconds += seconds
+        if layer == len(self.layer_index) - 1:
+            self.measures.compacted(sequence.compaction_seconds)
+
     def step_counts(self) -> tuple[list[tuple[str, int]], Tensor]:
         """Counters of the step's sequences: (request id, admission), and int64 [n, layers, COUNTERS], a copy."""
         records = [sequence.record for _, sequence in self._step_sequences()]
@@ -100,9 +108,10 @@ class CaliDropWorker:
 
 
 def counters_of(owners: list[tuple[str, int]], counts: Tensor) -> dict[str, SequenceCounters]:
+    of_all = counts.numpy()
     return {
-        request_id: SequenceCounters(admission, rows)
-        for (request_id, admission), rows in zip(owners, counts.numpy(), strict=True)
+        request_id: SequenceCounters(admission, rows, sums)
+        for (request_id, admission), rows, sums in zip(owners, of_all, of_all.sum(1).tolist(), strict=True)
     }
 
 

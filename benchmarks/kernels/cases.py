@@ -176,6 +176,7 @@ def moved_to(value: Any, device: torch.device) -> Any:
 
 def copy_of(table: StateTable, device: torch.device | str = "cpu") -> StateTable:
     copy = StateTable.__new__(StateTable)
+    copy.similarity = table.similarity.clone()
     for name in ("query", "out", "lse", "counts"):
         setattr(copy, name, getattr(table, name).to(device, copy=True))
     return copy

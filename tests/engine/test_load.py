@@ -19,7 +19,7 @@ import pytest
 from benchmarks.load.__main__ import load
 from benchmarks.load.asks import SETTINGS, WRONG, draw
 from benchmarks.load.clients import Outcome, send
-from tests.engine.conftest import CALIDROP_SERVER, Server, serving
+from tests.engine.conftest import CALIDROP_SERVER, Server, assert_no_fault, serving
 
 pytestmark = pytest.mark.engine
 
@@ -36,8 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     options = ("--enforce-eager", "--num-gpu-blocks-override", "300", "--shutdown-timeout", str(GRACE_SECONDS))
     with serving(log, *options, "--additional-config", small, program=CALIDROP_SERVER) as running:
         yield running
-    text = log.read_text()
-    assert "Traceback" not in text, text[text.index("Traceback") - 500 :][:3000]
+    assert_no_fault(log)
 
 
 def test_nothing_breaks_and_nothing_is_left(server: Server) -> None:

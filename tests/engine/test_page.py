@@ -21,7 +21,7 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from tests.engine.cases import ROOT
-from tests.engine.conftest import CALIDROP_SERVER, Server, serving
+from tests.engine.conftest import CALIDROP_SERVER, Server, assert_no_fault, serving
 
 pytestmark = pytest.mark.engine
 
@@ -42,7 +42,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     options = ("--enforce-eager", "--dtype", "float32", "--api-key", KEY, "--shutdown-timeout", "60")
     with serving(log, *options, program=CALIDROP_SERVER) as running:
         yield running
-    assert "Traceback" not in log.read_text()
+    assert_no_fault(log)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,10 @@ from typing import Any
 
 import httpx
 import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
 from prometheus_client.parser import text_string_to_metric_families
+from schemathesis import GenerationMode
 
 from tests.engine.conftest import CALIDROP_SERVER, serving
 from vllm_calidrop import metrics
@@ -380,3 +383,49 @@ def test_metrics_are_the_sums_of_the_reports(http: httpx.Client, model: str) -> 
     assert gained[f"calidrop:requests_refused_total{[('reason', 'invalid')]}"] == 2
     exposed = {name for metric in metrics.METRICS for name in metric.exposed}
     assert {sample.partition("[")[0] for sample in after} - {"calidrop:requests_refused_created"} == exposed
+    decisions = sum(report[name] for report in reports for name in ("recomputes", "merges", "plain"))
+    assert gained[f"calidrop:similarity_count{[engine]}"] == decisions
+    assert gained[f"calidrop:similarity_bucket{[engine, ('le', '+Inf')]}"] == decisions
+    assert gained[f"calidrop:compaction_seconds_count{[engine]}"] == 2
+    assert gained[f"calidrop:compaction_seconds_sum{[engine]}"] > 0
+
+
+# Anything at all
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode))
+@pytest.mark.parametrize("route", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/calidrop/defaults"])
+def test_no_body_is_a_500(http: httpx.Client, model: str, route: str, mode: GenerationMode) -> None:
+    """schemathesis makes bodies from the served document: valid ones and, by NEGATIVE, all sorts of invalid ones. Of
+    vLLM's routes the fields of this package are varied, beside a request that is right."""
+    document = http.get("/openapi.json").json()
+    base: dict[str, Any] = {}
+    if route.startswith("/v1/"):
+        base = body_of(route.removeprefix("/v1/"), model)
+        _vary_our_fields_only(document, route)
+    document["paths"] = {route: document["paths"][route]}
+    operation = schemathesis.openapi.from_dict(document)[route]["POST"]
+    seen: set[int] = set()
+
+    @given(case=operation.as_strategy(generation_mode=mode))
+    @settings(max_examples=15, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    def ask(case: schemathesis.Case) -> None:
+        body = case.body
+        content = body if isinstance(body, bytes) else json.dumps(base | body if isinstance(body, dict) else body)
+        headers = (ADMIN if "calidrop" in route else KEY) | {"content-type": "application/json"}
+        response = http.post(route, content=content, headers=headers)
+        assert response.status_code in (200, 400), response.text
+        seen.add(response.status_code)
+
+    ask()
+    assert 400 in seen or mode is GenerationMode.POSITIVE
+    if route == "/calidrop/defaults":
+        back = dict.fromkeys(RequestSettings.model_fields)
+        assert http.post(route, json=back, headers=ADMIN).status_code == 200
+
+
+def _vary_our_fields_only(document: dict[str, Any], route: str) -> None:
+    body = document["paths"][route]["post"]["requestBody"]["content"]["application/json"]
+    properties = document["components"]["schemas"][body["schema"]["$ref"].rpartition("/")[2]]["properties"]
+    ours = {name: properties[name] for name in RequestSettings.model_fields}
+    body["schema"] = {"type": "object", "properties": ours, "additionalProperties": False}

@@ -19,6 +19,7 @@ from vllm_calidrop.cache.codecs import number_of
 from vllm_calidrop.cache.layout import SWAP_BLOCK_TOKENS
 from vllm_calidrop.cache.swap import SwapPool
 from vllm_calidrop.calibration import Gate, attention_state, cosine, merge_states
+from vllm_calidrop.measures import similarity_histogram
 from vllm_calidrop.state_table import StateTable
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")
@@ -125,6 +126,7 @@ class Case:
         table = StateTable.__new__(StateTable)
         table.query, table.out = self.table.query.clone(), self.table.out.clone()
         table.lse, table.counts = self.table.lse.clone(), self.table.counts.clone()
+        table.similarity = similarity_histogram()
         scale = self.cache.head_dim**-0.5
         return op(self.rows, LAYER, self.queries, self.cache, self.pool, table, scale, **more), table
 
@@ -137,6 +139,9 @@ def assert_same(case: Case, tolerance: float = TOLERANCE) -> StateTable:
     torch.testing.assert_close(table.lse, expected_table.lse, rtol=1e-5, atol=tolerance)
     assert torch.equal(table.query, expected_table.query)
     assert torch.equal(table.counts, expected_table.counts)
+    assert torch.equal(table.similarity[:-1], expected_table.similarity[:-1])
+    observed = int(table.similarity[:-1].sum())
+    assert abs(int(table.similarity[-1] - expected_table.similarity[-1])) <= 2 * observed
     return table
 
 
@@ -146,7 +151,9 @@ def assert_same(case: Case, tolerance: float = TOLERANCE) -> StateTable:
 )
 def test_equals_torch(isa: str, block_size: int, dtype: torch.dtype, group: int, head_dim: int) -> None:
     table = assert_same(Case(isa, block_size, dtype, group, head_dim))
-    assert (table.counts[:, LAYER].sum(0)[[0, 2, 3]] > 0).all(), "every branch must be taken"
+    counts = table.counts[:, LAYER].sum(0)
+    assert (counts[[0, 2, 3]] > 0).all(), "every branch must be taken"
+    assert table.similarity[:-1].sum() == counts[:3].sum(), "one similarity per decision"
 
 
 @pytest.mark.parametrize("thresholds", [(2.0, 2.0), (-2.0, -2.0), (-2.0, 2.0), (0.6, 0.6)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -82,7 +83,9 @@ class CaliDropImpl(CPUAttentionBackendImpl):
             chunk = query[row.first_token : row.first_token + row.length]
             observe_chunk(row, index, chunk, cache, self.scale)
             if row.completes:
+                started = perf_counter()
                 selection = compact(row, index, chunk[-1], cache, worker.pool, worker.table, worker.recall, self.scale)
+                worker.layer_compacted(row.sequence, index, perf_counter() - started)
                 if worker.on_compaction is not None:
                     worker.on_compaction(row.sequence.record, index, selection)
         rows = metadata.decode

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vllm_calidrop.measures import WorkerMeasures
 from vllm_calidrop.metrics import COMPACTION_SECONDS, SIMILARITY
 from vllm_calidrop.records import COUNTERS, SequenceRecord
 
@@ -32,6 +33,7 @@ class Totals:
         self.kv_blocks_freed = 0
         self.bytes_out = 0
         self.bytes_in = 0
+        self._measures: WorkerMeasures | None = None
         self.layers = np.zeros((shape.num_layers, len(COUNTERS)), dtype=np.int64)
 
     def admitted(self, report: Report) -> None:
@@ -71,9 +73,21 @@ class Totals:
             "swap_waits": self.swap_waits,
         }
 
+    def measured(self, measures: WorkerMeasures | None) -> None:
+        """What a step's output brought of the worker's measures, which are cumulative."""
+        if measures is not None:
+            self._measures = measures
+
     def histograms(self) -> dict[str, tuple[list[int], float]]:
         """By metric: how many per bucket (one more than bounds), and the sum of all."""
-        return {metric.name: ([0] * (len(metric.buckets) + 1), 0.0) for metric in (COMPACTION_SECONDS, SIMILARITY)}
+        by_metric = {
+            COMPACTION_SECONDS: self._measures.compaction_seconds if self._measures else None,
+            SIMILARITY: self._measures.similarity if self._measures else None,
+        }
+        return {
+            metric.name: (found.counts, found.total) if found else ([0] * (len(metric.buckets) + 1), 0.0)
+            for metric, found in by_metric.items()
+        }
 
     def layers_with(self, living: list[Report]) -> dict[str, list[int]]:
         """Per counter a list over layers."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm_calidrop.hooks.on_import import when_imported
 from vllm_calidrop.hooks.wrap import wrap_method
-from vllm_calidrop.records import COUNTERS_ATTRIBUTE, RECORDS_ATTRIBUTE
+from vllm_calidrop.records import COUNTERS_ATTRIBUTE, MEASURES_ATTRIBUTE, RECORDS_ATTRIBUTE
 from vllm_calidrop.selection import is_selected
 
 REPORT_KEY = "calidrop"
@@ -74,6 +74,7 @@ def _exchange_reports(original: Callable[..., Any]) -> Callable[..., Any]:
         if ledger is None:
             return original(self, scheduler_output, model_runner_output, *args, **kwargs)
         ledger.step_processed(getattr(model_runner_output, COUNTERS_ATTRIBUTE, {}))
+        ledger.totals.measured(getattr(model_runner_output, MEASURES_ATTRIBUTE, None))
         refusals = _end_refused(self, ledger)
         by_client = original(self, scheduler_output, model_runner_output, *args, **kwargs)
         for client, output in refusals:
@@ -82,7 +83,7 @@ def _exchange_reports(original: Callable[..., Any]) -> Callable[..., Any]:
             for output in outputs.outputs:
                 if output.kv_transfer_params and REPORT_KEY in output.kv_transfer_params:
                     continue  # a refusal
-                report = ledger.report(output.request_id, finished=output.finish_reason is not None)
+                report = ledger.news(output.request_id, finished=output.finish_reason is not None)
                 if report is not None:
                     output.kv_transfer_params = {**(output.kv_transfer_params or {}), REPORT_KEY: report}
         ledger.forget_reports(alive=self.requests)

@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm_calidrop.hooks.on_import import when_imported
 from vllm_calidrop.hooks.wrap import require_wrapped, wrap_method
-from vllm_calidrop.records import COUNTERS_ATTRIBUTE, records_of
+from vllm_calidrop.records import COUNTERS_ATTRIBUTE, MEASURES_ATTRIBUTE, records_of
 
 
 def install() -> None:
@@ -69,7 +69,8 @@ def _send_counters(original: Callable[..., Any]) -> Callable[..., Any]:
             return output
         from vllm_calidrop.counters import PendingCounts
 
-        return _attach(output, owners, PendingCounts(_sum_over_ranks(counts)))
+        measures = self.calidrop.measures.snapshot()
+        return _attach(output, owners, PendingCounts(_sum_over_ranks(counts)), measures)
 
     return sample_tokens
 
@@ -84,13 +85,14 @@ def _sum_over_ranks(counts: Any) -> Any:
     return group.all_reduce(counts.float()).to(counts.dtype)
 
 
-def _attach(output: Any, owners: Any, pending: Any) -> Any:
+def _attach(output: Any, owners: Any, pending: Any, measures: Any) -> Any:
     from vllm.v1.outputs import AsyncModelRunnerOutput
 
     from vllm_calidrop.worker import counters_of
 
     if not isinstance(output, AsyncModelRunnerOutput):
         setattr(output, COUNTERS_ATTRIBUTE, counters_of(owners, pending.wait()))
+        setattr(output, MEASURES_ATTRIBUTE, measures)
         return output
 
     class WithCounters(AsyncModelRunnerOutput):
@@ -99,6 +101,7 @@ def _attach(output: Any, owners: Any, pending: Any) -> Any:
         def get_output(self) -> Any:
             finished = output.get_output()
             setattr(finished, COUNTERS_ATTRIBUTE, counters_of(owners, pending.wait()))
+            setattr(finished, MEASURES_ATTRIBUTE, measures)
             return finished
 
     return WithCounters()

@@ -9,6 +9,7 @@ from vllm_calidrop.attention.metadata import DecodeRows
 from vllm_calidrop.attention.ops.packed import PackedCache
 from vllm_calidrop.cache.swap import SwapPool
 from vllm_calidrop.calibration import AttentionState, attention_state, cosine, decide, merge_states
+from vllm_calidrop.measures import observe_similarity
 from vllm_calidrop.policies import h2o
 from vllm_calidrop.state_table import StateTable
 
@@ -70,6 +71,7 @@ def _calibrate(
     """Gate, recompute, merge for the M rows with a calibration state; query [M, H, G, D]."""
     slots = rows.calibrated_slots
     rho = cosine(query, table.query[layer, slots])
+    observe_similarity(table.similarity, rho)
     decision = decide(rho, rows.theta1, rows.theta2, rows.gate, rows.most_reads)
     table.count(layer, slots, decision)
 

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 from vllm_calidrop.cache.layout import PAGE_TOKENS, SWAP_BLOCK_TOKENS, swap_blocks_for
 from vllm_calidrop.cache.swap import SwapPool
 from vllm_calidrop.calibration import AttentionState, attention_state, cosine, merge_states
+from vllm_calidrop.measures import observe_similarity
 from vllm_calidrop.recall.buffer import is_held, renew
 from vllm_calidrop.recall.looks import page_shares, wanted_pages
 from vllm_calidrop.recall.sketch import estimate
@@ -54,6 +55,7 @@ def _recalled_state(
     """The gate, the looks, and what they recall for M rows; query [M, H, G, D], kept_lse [M, H, G]."""
     slots = rows.slots
     rho = cosine(query, table.query[layer, slots])
+    observe_similarity(table.similarity, rho[store.looked[layer, slots]])
     looks = (rho.amin(-1) < rows.theta[:, None]) | ~store.looked[layer, slots, None]
     store.looked[layer, slots] = True
 

@@ -14,6 +14,7 @@ from vllm_calidrop.attention.ops import cpu
 from vllm_calidrop.attention.ops.native import build, codecs
 from vllm_calidrop.attention.ops.packed import PackedCache, block_offsets
 from vllm_calidrop.cache.swap import SwapPool
+from vllm_calidrop.measures import SIMILARITY_BOUNDS
 from vllm_calidrop.state_table import StateTable
 
 LANES = 16
@@ -45,6 +46,8 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("pages_per_block", "block_bytes")),
         *((name, ctypes.c_void_p) for name in ("codecs", "state_query", "state_out", "state_lse", "counts")),
         ("counts_stride", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("similarity_bounds", "similarity")),
+        ("similarity_buckets", ctypes.c_int64),
     ]
 
 
@@ -205,6 +208,8 @@ def _fill_layer(
     arguments.state_lse = table.lse.data_ptr() + layer * table.lse.stride(0) * table.lse.itemsize
     arguments.counts = table.counts.data_ptr() + layer * table.counts.stride(1) * table.counts.itemsize
     arguments.counts_stride = table.counts.stride(0)
+    arguments.similarity_bounds, arguments.similarity = SIMILARITY_BOUNDS.data_ptr(), table.similarity.data_ptr()
+    arguments.similarity_buckets = len(SIMILARITY_BOUNDS)
 
 
 @cache

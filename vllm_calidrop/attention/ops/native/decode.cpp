@@ -50,6 +50,10 @@ extern "C" struct Arguments {
   float *state_out, *state_lse;
   int64_t* counts;
   int64_t counts_stride;
+  // Histogram of the similarities: per bound, above the last, and their sum in millionths.
+  const float* similarity_bounds;
+  int64_t* similarity;
+  int64_t similarity_buckets;
 };
 
 namespace {
@@ -184,6 +188,19 @@ void count(const Arguments& a, int64_t slot, const Scratch<T>& s) {
     if (add[i]) __atomic_fetch_add(a.counts + slot * a.counts_stride + i, add[i], __ATOMIC_RELAXED);
 }
 
+// The similarities of one KV head, as measures.py counts them: NaN is none, rounding may exceed 1.
+template <class T>
+void observe(const Arguments& a, const Scratch<T>& s) {
+  for (int h = 0; h < a.group; h++) {
+    if (std::isnan(s.rho[h])) continue;
+    const float rho = std::min(s.rho[h], 1.0f);
+    int64_t bucket = 0;
+    while (bucket < a.similarity_buckets && rho > a.similarity_bounds[bucket]) bucket++;
+    __atomic_fetch_add(a.similarity + bucket, 1, __ATOMIC_RELAXED);
+    __atomic_fetch_add(a.similarity + a.similarity_buckets + 1, std::llround(rho * 1e6), __ATOMIC_RELAXED);
+  }
+}
+
 // out, lse become the state over kept and evicted tokens (equation 1).
 void merge_into(float* out, float& lse, const float* other, float other_lse, int head_dim) {
   const float top = std::max(lse, other_lse);
@@ -250,6 +267,7 @@ void calibrate(const Arguments& a, int64_t index, int64_t kv_head, bool barred, 
   const int64_t slot = a.slots[index], state = (slot * a.kv_heads + kv_head) * group;
   decide(a, index, kv_head, barred, s);
   count(a, slot, s);
+  observe(a, s);
   recompute(a, index, kv_head, query, state, s);
   for (int h = 0; h < group; h++)
     if (s.recompute[h] || s.merge[h])
