@@ -25,6 +25,10 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]
     log = tmp_path_factory.mktemp("two-api-servers") / "log"
     options = ("--enforce-eager", "--api-server-count", "2")
     with serving(log, *options, program=CALIDROP_SERVER, CALIDROP_ADMIN_KEY="operator") as url:
+        for _ in range(600):  # the first that serves is not the last
+            if len(answering_processes(log)) == 2:
+                break
+            time.sleep(0.5)
         yield url, log
 
 
