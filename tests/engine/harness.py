@@ -178,7 +178,7 @@ def difference(ask: Ask, answer: Answer, expected: Result) -> str | None:
     if (report["kept"], report["evicted"]) != (expected.kept_count, expected.evicted_count):
         return f"counts {report} != {expected.kept_count}, {expected.evicted_count}"
     if expected.evicted_count:
-        for name in ("recomputes", "merges", "plain", "group_reads", "pages_read"):
+        for name in ("recomputes", "merges", "plain", "group_reads", "pages_read", "skipped"):
             if report["layers"][name] != getattr(expected, name):
                 return f"{name} {report['layers'][name]} != {getattr(expected, name)}"
     return None

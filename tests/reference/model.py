@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from tests.reference.attention import State, attention_state, cosine, decide, merge, prompt_attention
+from tests.reference.codecs import read_bytes, read_page_bytes, stored_as
 from tests.reference.policies import select
 from tests.reference.recall import PAGE, HeadRecall
 from tests.reference.settings import Settings
@@ -54,6 +55,7 @@ class Result:
         Algorithm 2 (the first token, and the first one after a preemption, come from exact prefill)
     rhos: as decisions, the cosine itself; NaN where there was no decision, or recall by pages made it
     pages: [steps, layers, kv_heads] pages of 16 evicted tokens that were read
+    skipped: [layers] reads (recall by pages: pages) that the read budget kept from being made
     kept_count, evicted_count: prompt tokens per KV head, in and out of the cache
     """
 
@@ -65,6 +67,7 @@ class Result:
     decisions: Tensor
     rhos: Tensor
     pages: Tensor
+    skipped: list[int]
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     margins: Margins = field(default_factory=Margins)
@@ -123,6 +126,7 @@ class _Calibration:
 
     evicted_k: Tensor
     evicted_v: Tensor
+    most_reads: float
     q: Tensor
     state: State
 
@@ -135,6 +139,7 @@ class _LayerCache:
     v: Tensor
     calibration: _Calibration | None = None
     recall: list[HeadRecall] | None = None
+    most_reads: float = math.inf
 
 
 class _Trace:
@@ -145,6 +150,7 @@ class _Trace:
         self.decisions: list[Tensor] = []
         self.rhos: list[Tensor] = []
         self.pages: list[Tensor] = []
+        self.skipped = [0] * shape[0]
 
     def new_step(self) -> None:
         self.decisions.append(torch.full(self.shape, NO_DECISION))
@@ -266,6 +272,7 @@ class Reference:
             decisions=decisions,
             rhos=rhos,
             pages=pages,
+            skipped=trace.skipped,
             tokens=tokens,
             logprobs=logprobs,
             margins=margins,
@@ -319,15 +326,35 @@ class Reference:
             k=torch.cat([_gather(k, selection.kept), outputs_k], dim=1),
             v=torch.cat([_gather(v, selection.kept), outputs_v], dim=1),
         )
-        if host_tokens > 0 and settings.kv_recall == "pages":
+        if host_tokens == 0:
+            return cache, selection.kept, hosted
+        evicted_k, evicted_v, last_q = _gather(k, hosted), _gather(v, hosted), q[:, :, -1]
+        read_k, read_v = self._as_stored(evicted_k, evicted_v, settings)
+        if settings.kv_recall == "pages":
             mu = k[:, :prompt_tokens].mean(dim=1)
-            heads = zip(_gather(k, hosted), _gather(v, hosted), mu, strict=True)
+            heads = zip(evicted_k, read_k, read_v, mu, strict=True)
             cache.recall = [HeadRecall(*head, settings, self.scale) for head in heads]
-        elif host_tokens > 0:
-            evicted_k, evicted_v, last_q = _gather(k, hosted), _gather(v, hosted), q[:, :, -1]
+            cache.most_reads = self._most_reads(read_page_bytes(settings.kv_codec, *self._element), settings)
+        else:
             state = attention_state(last_q, evicted_k, evicted_v, self.scale)
-            cache.calibration = _Calibration(evicted_k, evicted_v, last_q, state)
+            most = self._most_reads(read_bytes(settings.kv_codec, host_tokens, *self._element), settings)
+            cache.calibration = _Calibration(read_k, read_v, most, last_q, state)
         return cache, selection.kept, hosted
+
+    @property
+    def _element(self) -> tuple[int, int]:
+        return self.head_dim, self.dtype.itemsize
+
+    def _as_stored(self, k: Tensor, v: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+        """k and v [kv_heads, m, head_dim] as they are read again."""
+        heads = [stored_as(settings.kv_codec, *head) for head in zip(k, v, strict=True)]
+        return torch.stack([head[0] for head in heads]), torch.stack([head[1] for head in heads])
+
+    def _most_reads(self, one_read: int, settings: Settings) -> float:
+        """How many reads of so many bytes each layer may make in a step."""
+        if settings.kv_read_budget is None:
+            return math.inf
+        return settings.kv_read_budget // (len(self.layers) * one_read)
 
     # Algorithm 2
 
@@ -356,7 +383,7 @@ class Reference:
         """q [kv_heads, group, head_dim] -> out, same shape. The current token is already in the cache."""
         kept_state = attention_state(q, cache.k, cache.v, self.scale)
         if cache.recall is not None:
-            recalled = self._recall(layer, q, kept_state.lse, cache.recall, trace, margins)
+            recalled = self._recall(layer, q, kept_state.lse, cache, trace, margins)
             return merge(kept_state, recalled).out
         stored = cache.calibration
         if stored is None:
@@ -364,6 +391,12 @@ class Reference:
 
         rho = cosine(q, stored.q)
         recompute, merge_stored, margin = decide(rho, settings.kv_theta1, settings.kv_theta2, settings.kv_gate)
+        late = _beyond_budget(rho, recompute, stored.most_reads, settings, margins)
+        for kv_head in late:
+            by = rho[kv_head].mean().expand_as(rho[kv_head]) if settings.kv_gate == "group_mean" else rho[kv_head]
+            recompute[kv_head], merge_stored[kv_head] = False, by > settings.kv_theta2
+            margin = min(margin, float((by - settings.kv_theta2).abs().min()))
+        trace.skipped[layer] += len(late)
 
         fresh = attention_state(q, stored.evicted_k, stored.evicted_v, self.scale)
         stored.q = torch.where(recompute.unsqueeze(-1), q, stored.q)
@@ -380,11 +413,26 @@ class Reference:
         return torch.where((recompute | merge_stored).unsqueeze(-1), calibrated.out, kept_state.out)
 
     @staticmethod
-    def _recall(
-        layer: int, q: Tensor, kept_lse: Tensor, heads: list[HeadRecall], trace: _Trace, margins: Margins
-    ) -> State:
+    def _recall(layer: int, q: Tensor, kept_lse: Tensor, cache: _LayerCache, trace: _Trace, margins: Margins) -> State:
         """Recall by pages; a look is a recomputation of every query head of its group."""
-        steps = [head.step(*asked) for head, *asked in zip(heads, q, kept_lse, strict=True)]
+        heads = cache.recall
+        assert heads is not None
+        pages: list[tuple[float, int, int]] = []
+        dropped: set[tuple[int, int]] = set()
+        if cache.most_reads < math.inf:
+            found = [head.would_read(*asked) for head, *asked in zip(heads, q, kept_lse, strict=True)]
+            pages = [(-share, kv_head, page) for kv_head, read in enumerate(found) for page, share in read]
+        if len(pages) > cache.most_reads:
+            most = int(cache.most_reads)
+            pages = sorted(pages, key=lambda page: page[:2])  # a head's own pages stay in order of share
+            dropped = {(kv_head, page) for _, kv_head, page in pages[most:]}
+            if most:
+                margins.share = min(margins.share, 1 - pages[most][0] / pages[most - 1][0])
+        trace.skipped[layer] += len(dropped)
+        steps = [
+            head.step(*asked, dropped=[page for of, page in dropped if of == kv_head])
+            for kv_head, (head, *asked) in enumerate(zip(heads, q, kept_lse, strict=True))
+        ]
         for kv_head, (head, step) in enumerate(zip(heads, steps, strict=True)):
             trace.decisions[-1][layer, kv_head] = RECOMPUTE if step.looked else MERGE if step.merges else PLAIN
             trace.pages[-1][layer, kv_head] = step.pages
@@ -420,6 +468,19 @@ class Reference:
         angles = torch.cat([half, half], dim=-1)
         cos, sin = angles.cos() * self.rope_scale, angles.sin() * self.rope_scale
         return cos.to(self.dtype), sin.to(self.dtype)
+
+
+def _beyond_budget(rho: Tensor, recompute: Tensor, most: float, settings: Settings, margins: Margins) -> list[int]:
+    """KV heads that want to recompute and may not: all but the ``most`` least similar, the lower head first."""
+    similarity = rho.mean(dim=-1) if settings.kv_gate == "group_mean" else rho.min(dim=-1).values
+    wants = [kv_head for kv_head in range(len(rho)) if recompute[kv_head].any()]
+    wants.sort(key=lambda kv_head: (float(similarity[kv_head]), kv_head))
+    if len(wants) <= most:
+        return []
+    if most > 0:
+        gap = similarity[wants[int(most)]] - similarity[wants[int(most) - 1]]
+        margins.rho = min(margins.rho, float(gap))
+    return wants[int(most) :]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -44,8 +44,11 @@ class HeadMargins:
 
 @dataclass
 class HeadRecall:
-    """One layer's KV head. k, v: its readable evicted tokens [m, dim], in order of position; mu: [dim]."""
+    """One layer's KV head. Its readable evicted tokens [m, dim], in order of position: sketched, the keys that are
+    sketched; k, v: what is read. mu: [dim].
+    """
 
+    sketched: Tensor
     k: Tensor
     v: Tensor
     mu: Tensor
@@ -55,23 +58,28 @@ class HeadRecall:
     last_q: Tensor | None = None
     stale: tuple[Tensor, Tensor] | None = None
     buffer: list[int] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.estimated_k = self.mu + _unrotate(_quantise(_rotate(self.k - self.mu)))[:, : self.k.shape[1]]
+        self.estimated_k = self.mu + _unrotate(_quantise(_rotate(self.sketched - self.mu)))[:, : self.k.shape[1]]
 
-    def step(self, q: Tensor, kept_lse: Tensor) -> Step:
-        """q [group, dim], kept_lse [group]: log-sum-exp over the kept tokens. The state of what is recalled."""
+    def would_read(self, q: Tensor, kept_lse: Tensor) -> list[tuple[int, float]]:
+        """Pages that this step would read, and their shares, the largest first. Nothing is changed by asking."""
+        if not self._looks(q):
+            return []
+        return [(page, self.shares[page]) for page in self._wanted(q, kept_lse) if page not in self.buffer]
+
+    def step(self, q: Tensor, kept_lse: Tensor, dropped: list[int]) -> Step:
+        """q [group, dim], kept_lse [group]: log-sum-exp over the kept tokens. The state of what is recalled.
+
+        dropped: pages that may not be read.
+        """
         settings = self.settings
-        looks = self.last_q is None
-        if self.last_q is not None:
-            least = min(float(torch.cosine_similarity(a, b, dim=0)) for a, b in zip(q, self.last_q, strict=True))
-            looks = least < settings.kv_recall_theta
-            self.margins.rho = min(self.margins.rho, abs(least - settings.kv_recall_theta))
-
+        looks = self._looks(q)
         attended = list(self.buffer)
         read: list[int] = []
         if looks:
-            wanted = self._wanted(q, kept_lse)
+            wanted = [page for page in self._wanted(q, kept_lse) if page not in dropped]
             read = [page for page in wanted if page not in self.buffer]
             attended += read
             self.last_q = q
@@ -85,6 +93,13 @@ class HeadRecall:
         if looks:
             self.stale = (out, lse)
         return Step(looks, len(read), not looks and bool(attended), out, lse)
+
+    def _looks(self, q: Tensor) -> bool:
+        if self.last_q is None:
+            return True
+        least = min(float(torch.cosine_similarity(a, b, dim=0)) for a, b in zip(q, self.last_q, strict=True))
+        self.margins.rho = min(self.margins.rho, abs(least - self.settings.kv_recall_theta))
+        return least < self.settings.kv_recall_theta
 
     def _attend(self, q: Tensor, pages: list[int]) -> tuple[Tensor, Tensor]:
         chosen = [i for page in pages for i in range(page * PAGE, min((page + 1) * PAGE, len(self.k)))]
@@ -100,7 +115,7 @@ class HeadRecall:
         masses = torch.stack([page.logsumexp(-1) for page in logits.split(PAGE, dim=-1)], dim=-1)  # [group, pages]
         everything = torch.logaddexp(kept_lse, masses.logsumexp(-1))
         shares = (masses - everything.unsqueeze(-1)).exp()
-        by_page = shares.max(dim=0).values.tolist()
+        self.shares = by_page = shares.max(dim=0).values.tolist()
         order = sorted(range(len(by_page)), key=lambda page: (-by_page[page], page))
         if settings.kv_recall_top_p is None:
             enough = sum(share > settings.recall_eps for share in by_page)

@@ -14,7 +14,8 @@ class Settings:
 
     ``kv_calibration_size``: evicted tokens kept on the host per KV head, the most important first by the
     policy's own score; the others are lost for good. None keeps all of them, 0 is the same as
-    ``kv_calibration=False``.
+    ``kv_calibration=False``. ``kv_codec``: how they are stored (codecs.py). ``kv_read_budget``: bytes that may be
+    read again per step, an even part for every layer; None: no bound.
     """
 
     kv_budget: int | None = None
@@ -27,6 +28,8 @@ class Settings:
     kv_window: int | None = None
     kv_pool_kernel: int = 5
     kv_sinks: int | None = None
+    kv_codec: str = "none"
+    kv_read_budget: int | None = None
     kv_recall: str = "all"
     kv_recall_theta: float = 0.9
     kv_recall_buffer: int = 0

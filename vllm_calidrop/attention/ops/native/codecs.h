@@ -1,6 +1,10 @@
 // Evicted KV as codecs store it, decoded page by page. The layout is cache/codecs/grouped.py's.
 #pragma once
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include <vector>
 
 #include "simd.h"
@@ -20,8 +24,14 @@ struct CodecLayout {
 template <int BITS>
 inline PartWords codes_at(const uint8_t* from) {
   if constexpr (BITS == 8) {
+#if defined(__AVX512F__)
+    return (PartWords)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+#elif defined(__AVX2__)  // GCC converts eight bytes one by one
+    return (PartWords)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+#else
     typedef uint8_t PartBytes __attribute__((vector_size(kPartLanes)));
     return __builtin_convertvector(load_as<PartBytes>(from), PartWords);
+#endif
   } else {
     constexpr int kPerWord = 32 / BITS;
     PartWords words, shifts;
