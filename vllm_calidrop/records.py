@@ -83,10 +83,17 @@ class StepRecords:
 
 @dataclass
 class SequenceCounters:
-    """Counters of one sequence since its admission, summed over ranks. counts: int64 [layers, COUNTERS]."""
+    """Counters of one sequence since its admission, summed over ranks. counts: int64 [layers, COUNTERS].
+
+    sums: those over the layers, where somebody has added them up already.
+    """
 
     admission: int
     counts: np.ndarray
+    sums: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.sums = self.sums or self.counts.sum(0).tolist()
 
 
 def records_of(scheduler_output: Any) -> StepRecords | None:

@@ -108,9 +108,10 @@ class CaliDropWorker:
 
 
 def counters_of(owners: list[tuple[str, int]], counts: Tensor) -> dict[str, SequenceCounters]:
+    of_all = counts.numpy()
     return {
-        request_id: SequenceCounters(admission, rows)
-        for (request_id, admission), rows in zip(owners, counts.numpy(), strict=True)
+        request_id: SequenceCounters(admission, rows, sums)
+        for (request_id, admission), rows, sums in zip(owners, of_all, of_all.sum(1).tolist(), strict=True)
     }
 
 

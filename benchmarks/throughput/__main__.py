@@ -1,7 +1,8 @@
 """Measures everything of a profile and writes results.json, report.md and pictures.
 
-    python -m benchmarks.throughput --quick                 # about ten minutes
-    python -m benchmarks.throughput                         # about an hour
+    python -m benchmarks.throughput --quick
+    python -m benchmarks.throughput                         # within an hour on two quiet cores
+    python -m benchmarks.throughput --together              # the servers beside everything else: half of that
     python -m benchmarks.throughput --quick --parts ops,steps
     python -m benchmarks.throughput --report-only
 
@@ -17,6 +18,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -26,8 +28,11 @@ from benchmarks.throughput.profiles import PROFILES
 from benchmarks.throughput.timing import load
 
 RESULTS = Path(__file__).parents[1] / "results" / "throughput"
-PARTS = ("ops", "compaction", "steps", "profile", "serve")
+PARTS = ("ops", "steps", "profile", "compaction", "memory", "pool", "serve")
 ENVIRONMENT = {
+    # Large pages, where the system gives them on request: otherwise two equal engines differ by a sixth, because of
+    # where their weights happen to lie in memory.
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -45,6 +50,7 @@ def main() -> int:
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--setups", help="only these setups of the part `serve`, by name, comma-separated")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--together", action="store_true", help="run the part `serve` beside the others")
     parser.add_argument("--report-only", action="store_true", help="write report and pictures from what is stored")
     parser.add_argument("--one-part", nargs=2, metavar=("PART", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -57,20 +63,31 @@ def main() -> int:
     stored = args.out / "results.json"
     results: dict[str, Any] = json.loads(stored.read_text()) if stored.exists() else {}
     failed = []
-    if not args.report_only:
-        for part in args.parts.split(","):
-            assert part in PARTS, part
+    lock = threading.Lock()
+
+    def run(parts: list[str]) -> None:
+        for part in parts:
             started = time.monotonic()
-            found = _in_its_own_process(part, profile, args)
-            if found is None:
+            setups = [args.setups] if args.setups or part != "serve" else [s.name for s in PROFILES[profile].serving]
+            found = [_in_its_own_process(part, profile, args.out, some) for some in setups]
+            if None in found:
                 failed.append(part)
                 continue
-            results[part] = found
-            results.setdefault("runs", {})[part] = {
-                "profile": profile, "seconds": round(time.monotonic() - started), "load_at_end": load()
-            }  # fmt: skip
-            results["machine"] = _machine()
-            stored.write_text(json.dumps(results, indent=1) + "\n")
+            with lock:
+                results[part] = [row for rows in found for row in rows] if part == "serve" else found[0]
+                results.setdefault("runs", {})[part] = {
+                    "profile": profile, "seconds": round(time.monotonic() - started), "load_at_end": load()
+                }  # fmt: skip
+                results["machine"] = _machine()
+                stored.write_text(json.dumps(results, indent=1) + "\n")
+
+    parts = [] if args.report_only else args.parts.split(",")
+    assert set(parts) <= set(PARTS), parts
+    alone = [part for part in parts if args.together and part == "serve"]
+    beside = threading.Thread(target=run, args=(alone,))
+    beside.start()
+    run([part for part in parts if part not in alone])
+    beside.join()
     from benchmarks.throughput import report
 
     print(report.write(results, args.out))
@@ -79,15 +96,15 @@ def main() -> int:
     return bool(failed)
 
 
-def _in_its_own_process(part: str, profile: str, args: argparse.Namespace) -> Any:
+def _in_its_own_process(part: str, profile: str, out: Path, setups: str | None) -> Any:
     """Each part sets vLLM up its own way, and gives all its memory back."""
-    log = args.out / "logs" / f"{part}.log"
+    log = out / "logs" / f"{part}.log"
     log.parent.mkdir(exist_ok=True)
-    with tempfile.NamedTemporaryFile("r", suffix=".json") as file, log.open("w") as output:
-        command = [sys.executable, "-m", "benchmarks.throughput", "--one-part", part, file.name, "--out", str(args.out)]
+    with tempfile.NamedTemporaryFile("r", suffix=".json") as file, log.open("a") as output:
+        command = [sys.executable, "-m", "benchmarks.throughput", "--one-part", part, file.name, "--out", str(out)]
         command += ["--quick"] if profile == "quick" else []
-        command += ["--setups", args.setups] if args.setups else []
-        print(f"{part} ...", flush=True)
+        command += ["--setups", setups] if setups else []
+        print(f"{part} {setups or ''} ...", flush=True)
         run = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, stdout=output, stderr=output, check=False)
         return json.load(file) if run.returncode == 0 else None
 
@@ -101,12 +118,20 @@ def _measure(part: str, name: str, setups: str | None, out: Path) -> Any:
     if part == "compaction":
         from benchmarks.throughput import compaction
 
-        return compaction.measure("llama-8x1024", profile.compaction_lengths, profile.compaction_repeats)
+        return compaction.measure("llama-2x1024", profile.compaction_lengths, profile.compaction_repeats)
+    if part == "pool":
+        from benchmarks.throughput import pool
+
+        return pool.measure(profile.pool)
+    if part == "memory":
+        from benchmarks.throughput import memory
+
+        return memory.measure("llama-2x1024", profile.memory_length)
     if part in ("steps", "profile"):
         from benchmarks.throughput import steps
 
         if part == "profile":
-            return steps.profile("llama-8x1024", 1024, profile.steps)
+            return steps.profile(next(iter(profile.step_lengths)), 1024, profile.steps)
         return [
             row for model, sizes in profile.step_lengths.items() for row in steps.measure(model, sizes, profile.steps)
         ]

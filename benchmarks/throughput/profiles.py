@@ -1,4 +1,4 @@
-"""What is measured: `quick` (about ten minutes) and `full` (about an hour) on two cores."""
+"""What is measured: `quick` in some minutes, `full` within an hour on a quiet two-core machine."""
 
 from __future__ import annotations
 
@@ -49,29 +49,42 @@ SIZES = tuple(
 
 @dataclass(frozen=True)
 class Load:
-    """Prompts of `input` tokens, `output` tokens generated, `concurrency` at a time. shared: tokens all begin with;
-    spread: lengths are drawn between this part of `input` and all of it."""
+    """Prompts of `input` tokens, `output` tokens generated, `concurrency` at a time, for every variant in turn.
 
+    shared: tokens all prompts begin with. spread: lengths are drawn between this part of `input` and all of it.
+    """
+
+    name: str
     input: int
     output: int
     concurrency: int
     prompts: int
+    variants: tuple[Variant, ...]
+    repeats: int = 1
     shared: int = 0
     spread: float = 1.0
 
 
 @dataclass(frozen=True)
 class Serving:
-    """Servers of one model, side by side, and the loads they get. blocks: the KV pool's, None for an ample one."""
+    """A server of one model for each backend, and the loads they get. blocks: the KV pool's, None for an ample one."""
 
     name: str
     model: str
     loads: tuple[Load, ...]
-    variants: tuple[Variant, ...]
-    repeats: int = 3
     max_model_len: int = 1152
     blocks: int | None = None
-    prefix_caching: bool = False
+
+
+@dataclass(frozen=True)
+class PoolCase:
+    """Requests that share a pool of four full sequences. steps: stock's decode steps that are timed for the bound."""
+
+    model: str
+    input: int = 4096
+    output: int = 512
+    requests: int = 32
+    steps: int = 40
 
 
 @dataclass(frozen=True)
@@ -81,58 +94,57 @@ class Profile:
     steps: int
     compaction_lengths: list[int]
     compaction_repeats: int
+    pool: PoolCase
+    memory_length: int
     serving: tuple[Serving, ...]
 
 
-# The bundled model ends at 1,152 positions: the paper's 1024 + 128 tokens leave no room for the template.
-PAPER = Load(960, 128, 16, 64)
+def pool_of(sequences: int, tokens: int, block_size: int = 32) -> int:
+    """Blocks of a pool that holds so many full sequences, and vLLM's null block."""
+    return sequences * -(-tokens // block_size) + 1
 
 
-def pool_of_four(tokens: int, block_size: int = 32) -> int:
-    return 4 * -(-tokens // block_size) + 1
+def paper(concurrency: int, prompts: int, variants: tuple[Variant, ...], repeats: int = 1, **more: Any) -> Load:
+    """The paper's workload. The bundled model ends at 1,152 positions: 1024 + 128 leave no room for the template."""
+    return Load(more.pop("name", "paper"), 960, 128, concurrency, prompts, variants, repeats, **more)
 
 
 QUICK = Profile(
-    operator_repeats=15,
-    step_lengths={"llama-8x1024": [1024, 4096]},
-    steps=40,
-    compaction_lengths=[8192],
-    compaction_repeats=2,
+    operator_repeats=8,
+    step_lengths={"llama-2x1024": [1024, 4096]},
+    steps=20,
+    compaction_lengths=[4096],
+    compaction_repeats=1,
+    pool=PoolCase("llama-2x1024", 1024, 128, 16),
+    memory_length=2048,
     serving=(
-        Serving("paper", "small", (PAPER, *(Load(960, 128, c, max(8, 2 * c)) for c in (1, 4, 32))), MAIN),
-        Serving("wider model", "llama-8x1024", (Load(1024, 128, 16, 16),), (STOCK, NO_BUDGET, EVICTION)),
-        Serving("pool of four", "small", (Load(960, 128, 16, 32),), FEW, repeats=2, blocks=pool_of_four(1088)),
+        Serving("ample", "small", (paper(16, 16, MAIN), paper(4, 8, FEW))),
+        Serving("pool of 4", "small", (paper(16, 16, FEW, name="pool"),), blocks=pool_of(4, 1088)),
     ),
 )
 
 FULL = Profile(
-    operator_repeats=40,
-    step_lengths={"llama-8x1024": [1024, 4096, 8192], "llama-8x1024-d128": [1024, 4096]},
-    steps=100,
+    operator_repeats=8,
+    step_lengths={"llama-2x1024": [1024, 4096, 8192], "llama-2x1024-d128": [1024]},
+    steps=30,
     compaction_lengths=[2048, 8192],
-    compaction_repeats=3,
+    compaction_repeats=1,
+    pool=PoolCase("llama-2x1024"),
+    memory_length=8192,
     serving=(
-        Serving(
-            "paper", "small", (PAPER, *(Load(960, 128, c, max(16, 2 * c)) for c in (1, 2, 4, 8, 32, 64))),
-            (*MAIN, *SIZES), repeats=5,
-        ),
-        Serving("policies", "small", (PAPER,), (STOCK, *OTHER_POLICIES)),
-        Serving("shared prefix", "small", (Load(960, 128, 16, 48, shared=512),), FEW, prefix_caching=True),
-        Serving("mixed", "small", (Load(960, 128, 16, 64, spread=0.1),), FEW),
-        *(
-            Serving(f"pool of {full}", "small", (Load(960, 128, 32, 64),), FEW, blocks=pool_of_four(1088) * full // 4)
-            for full in (4, 8, 16)
-        ),
-        Serving(
-            "inputs", "llama-8x1024",
-            (Load(1024, 128, 16, 16), Load(4096, 256, 8, 8), Load(8192, 256, 4, 4)),
-            (STOCK, NO_BUDGET, EVICTION), max_model_len=8704,
-        ),
-        Serving(
-            "pool of four, 4096", "llama-8x1024", (Load(4096, 512, 32, 32),), (STOCK, EVICTION), repeats=1,
-            max_model_len=4672, blocks=pool_of_four(4608),
-        ),
-        Serving("head_dim 128", "llama-8x1024-d128", (Load(1024, 128, 16, 16),), (STOCK, NO_BUDGET, EVICTION)),
+        Serving("ample", "small", (
+            paper(16, 16, (*MAIN, *SIZES)),
+            paper(16, 16, (STOCK, *OTHER_POLICIES), name="policies"),
+            *(paper(c, n, FEW) for c, n in ((1, 2), (4, 8), (32, 32))),
+            paper(16, 16, FEW, name="shared prefix", shared=512),
+            paper(16, 16, FEW, name="mixed lengths", spread=0.1),
+        )),
+        Serving("pool of 4", "small", (paper(16, 16, FEW, name="pool"),), blocks=pool_of(4, 1088)),
+        Serving("long inputs", "llama-2x1024", (
+            Load("inputs", 1024, 128, 8, 8, FEW),
+            Load("inputs", 4096, 256, 4, 4, FEW),
+            Load("inputs", 8192, 256, 2, 2, (STOCK, EVICTION)),
+        ), max_model_len=8704),
     ),
 )  # fmt: skip
 

@@ -8,12 +8,20 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+MIB = 2**20
+CALIDROP = "CaliDrop .7/.85"
+# Asked of a pool of four and of an ample one.
+POOL_LOAD = {"input": 960, "output": 128, "concurrency": 16, "prompts": 16, "shared": 0, "spread": 1.0}
 
 
 def write(results: dict[str, Any], folder: Path) -> Path:
     machine = ", ".join(f"{name} {value}" for name, value in results.get("machine", {}).items())
     parts = ["# Throughput: one run, side by side", f"{machine}. Ratios are what counts; times are this machine's."]
-    for name, section in (("ops", _ops), ("compaction", _compaction), ("steps", _steps), ("profile", _profile)):
+    sections: tuple[tuple[str, Callable[[Any], list[str]]], ...] = (
+        ("ops", _ops), ("steps", _steps), ("profile", _profile), ("compaction", _compaction), ("pool", _pool),
+        ("memory", _memory),
+    )  # fmt: skip
+    for name, section in sections:
         if name in results:
             parts += section(results[name])
     if "serve" in results:
@@ -105,29 +113,67 @@ def _profile(found: dict[str, dict[str, float]]) -> list[str]:
     return ["## Where a decode step's time goes (ms)", _table(["", *names], rows)]
 
 
+def _pool(found: Row) -> list[str]:
+    case = found["case"]
+    rows = [
+        ["stock: prefill of one prompt", f"{found['stock_prefill_seconds']:.2f} s"],
+        ["stock: step of as many sequences as fit compressed", f"{found['stock_step_seconds'] * 1e3:.1f} ms"],
+        ["the bound: all prefills, and all other tokens in such steps", f"{found['bound_seconds']:.1f} s"],
+        ["eviction only", f"{found['seconds']:.1f} s in {found['steps']} steps, {found['to_bound']:.2f} of the bound"],
+        ["sequences that fit compressed to the end", found["allowed"]],
+        ["running: peak; mean while others wait",
+         f"{found['running_peak']}; {found['running_while_others_wait']:.1f}"],
+        ["preemptions", found["preemptions"]],
+        ["peak KV blocks", f"{found['peak_blocks']} of {found['blocks']}"],
+    ]  # fmt: skip
+    sizes = f"{case['requests']} requests of {case['input']}/{case['output']}, {case['model']}"
+    return [f"## A pool of four full sequences: {sizes} (processor time)", _table(["", ""], rows)]
+
+
+def _memory(found: Row) -> list[str]:
+    accounted = sum(found["accounted"].values())
+    rows = [
+        ["idle", f"{found['idle_pss'] / MIB:.0f}"],
+        *([f"accounted: {name}", f"{size / MIB:.1f}"] for name, size in found["accounted"].items()),
+        ["accounted in all", f"{accounted / MIB:.1f}"],
+        ["rise of the peak", f"{found['rise'] / MIB:.1f} ({found['rise_to_accounted']:.3f} of what is accounted)"],
+    ]
+    title = f"{found['sequences']} sequences of {found['length']} evicted to 128, {found['model']}"
+    return [f"## Memory: {title} (PSS in MiB; peak KV blocks {found['peak_kv_blocks']})", _table(["", "MiB"], rows)]
+
+
 def _serve(found: list[Row]) -> list[str]:
     head = ["variant", "output tokens/s", "total tokens/s", "to stock", "processor time to stock", "TTFT p50/p95 ms",
-            "TPOT p50/p95 ms", "ITL p50/p95 ms", "running", "KV use", "preemptions", "recompute rate",
-            "MiB read / token"]  # fmt: skip
+            "TPOT p50/p95 ms", "ITL p50/p95 ms", "running", "peak KV blocks", "preemptions", "peak swap MiB",
+            "recompute rate", "MiB read / token"]  # fmt: skip
     parts = []
-    for (setup, load), some in _grouped(found, lambda r: (r["setup"], tuple(r["load"].items()))):
+    for (setup, name, load), some in _grouped(found, lambda r: (r["setup"], r["name"], tuple(r["load"].items()))):
         sizes = dict(load)
-        title = f"{setup}: {some[0]['model']}, {sizes['input']}/{sizes['output']}, concurrency {sizes['concurrency']}"
+        title = f"{name}: {some[0]['model']}, {setup}, {sizes['input']}/{sizes['output']}"
+        title += f", {sizes['prompts']} requests, {sizes['concurrency']} at a time"
         busy = statistics.mean(r["machine_load"] for r in some)
         rows = []
         for variant, own in _grouped(some, lambda r: r["variant"]):
-            report = own[0].get("report", {})
             rows.append([
                 variant, f"{_median(own, 'output_throughput'):.0f}", f"{_median(own, 'total_token_throughput'):.0f}",
                 _to_stock(some, own, "output_throughput"), _to_stock(some, own, "processor_seconds"),
                 *(_percentiles(own, name) for name in ("ttft", "tpot", "itl")),
-                f"{max(r['running'] for r in own):.0f}", f"{max(r['kv_usage'] for r in own):.1%}",
-                f"{sum(r['preemptions'] for r in own):.0f}",
-                f"{report['recompute_rate']:.1%}" if report else "", 
-                f"{report['bytes_read_per_output_token'] / 2**20:.2f}" if report else "",
+                f"{max(r['running'] for r in own):.0f}", f"{max(r['kv_blocks'] for r in own):.0f}",
+                f"{sum(r['preemptions'] for r in own):.0f}", f"{max(r['swap_bytes'] for r in own) / MIB:.1f}",
+                *_rates(own),
             ])  # fmt: skip
         parts += [f"## {title} ({len({r['repeat'] for r in some})} repeats, load {busy:.1f})", _table(head, rows)]
     return parts
+
+
+def _rates(rows: list[Row]) -> tuple[str, str]:
+    """Recomputations among all decisions, and MiB of evicted KV read again per output token."""
+    recomputes = sum(r["recomputes"] for r in rows)
+    decisions = recomputes + sum(r["merges"] + r["plain"] for r in rows)
+    if not decisions:
+        return "", ""
+    read = sum(r["bytes_read"] for r in rows) / sum(r["total_output_tokens"] for r in rows)
+    return f"{recomputes / decisions:.1%}", f"{read / MIB:.3f}"
 
 
 def _percentiles(rows: list[Row], name: str) -> str:
@@ -154,20 +200,31 @@ def _grouped(rows: list[Row], key: Callable[[Row], Any]) -> list[tuple[Any, list
 
 def _pictures(rows: list[Row], folder: Path) -> list[tuple[str, str]]:
     """Total tokens/s by concurrency (the paper's Fig. 3a), by pool, by input length, by calibration size (Fig. 3c)."""
-    axes: list[tuple[str, str, Callable[[Row], Any]]] = [
-        ("paper", "requests at a time", lambda r: r["load"]["concurrency"]),
-        ("inputs", "input tokens", lambda r: r["load"]["input"]),
-        ("pool of ", "full sequences the KV pool holds", lambda r: r["setup"]),
-    ]
+    axes: list[tuple[str, str, Callable[[Row], bool], Callable[[Row], Any]]] = [
+        ("concurrency", "requests at a time", lambda r: r["name"] == "paper", lambda r: r["load"]["concurrency"]),
+        ("inputs", "input tokens", lambda r: r["name"] == "inputs", lambda r: r["load"]["input"]),
+        ("pools", "the KV pool", _is_pool_load, lambda r: r["setup"]),
+        (
+            "calibration", "evicted tokens kept on the host",
+            lambda r: r["name"] == "paper" and r["load"]["concurrency"] == 16 and r["variant"].startswith(CALIDROP),
+            lambda r: int(r["variant"].removeprefix(CALIDROP).split()[1]) if "tokens" in r["variant"] else 832,
+        ),
+    ]  # fmt: skip
     drawn = []
-    for prefix, label, x in axes:
-        some = [r for r in rows if r["setup"].startswith(prefix)]
+    for stem, label, wanted, x in axes:
+        some = [r for r in rows if wanted(r)]
         if len({x(r) for r in some}) < 2:
             continue
-        name = f"{prefix.strip().replace(' ', '-')}.png"
+        name = f"{stem}.png"
+        if stem == "calibration":
+            some = [{**r, "variant": CALIDROP} for r in some]
         _draw(some, x, label, folder / name)
         drawn.append((f"total tokens/s by {label}", name))
     return drawn
+
+
+def _is_pool_load(row: Row) -> bool:
+    return row["load"] == POOL_LOAD and row["name"] in ("paper", "pool")
 
 
 def _draw(rows: list[Row], x: Callable[[Row], Any], label: str, path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import random
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict
@@ -25,35 +26,42 @@ from benchmarks.throughput.timing import load as load_average
 
 BLOCK_SIZE = 32
 # What the servers say of themselves while they are loaded: the largest value seen, and what a counter gained.
-PEAKS = {"running": "vllm:num_requests_running", "kv_usage": "vllm:kv_cache_usage_perc"}
-GAINS = {"preemptions": "vllm:num_preemptions_total"}
+PEAKS = {
+    "running": "vllm:num_requests_running",
+    "kv_usage": "vllm:kv_cache_usage_perc",
+    "swap_blocks": "calidrop:swap_blocks_used",
+}
+GAINS = {
+    "preemptions": "vllm:num_preemptions_total",
+    "bytes_read": "calidrop:bytes_in_total",
+    **{name: f"calidrop:{name}_total" for name in ("recomputes", "merges", "plain")},
+}
+KV_BLOCKS = "blocks of the KV pool"
+REFRESH_SECONDS = 0.2  # how often a server's API process reads its engine
 
 
 def measure(setup: Serving, folder: Path) -> list[dict[str, Any]]:
     """One row per load, variant and repeat; the variants take turns within a repeat."""
     rows = []
     with ExitStack() as stack:
-        backends = dict.fromkeys(variant.backend for variant in setup.variants)
+        backends = dict.fromkeys(variant.backend for load in setup.loads for variant in load.variants)
         urls, processes = {}, {}
         for backend in backends:
             others = psutil.Process().children()
             urls[backend] = stack.enter_context(running(_server(setup, backend), folder / f"{backend or 'stock'}.log"))
             (processes[backend],) = (p for p in psutil.Process().children() if p not in others)
+        first = setup.loads[0]
+        variants = {variant.name: variant for load in setup.loads for variant in load.variants}
+        for variant in variants.values():
+            # what compiles or is first touched
+            _bench(setup, first, variant, urls[variant.backend], seed=-1, prompts=1)
         for load in setup.loads:
-            for variant in setup.variants:  # what compiles or is first touched
-                _bench(setup, load, variant, urls[variant.backend], seed=-1, prompts=min(2, load.prompts))
-            for repeat in range(setup.repeats):
-                for variant in setup.variants:
+            for repeat in range(load.repeats):
+                for variant in load.variants:
                     before = _processor_seconds(processes[variant.backend])
                     row = _bench(setup, load, variant, urls[variant.backend], repeat, load.prompts)
                     row["processor_seconds"] = _processor_seconds(processes[variant.backend]) - before
                     rows.append({"setup": setup.name, "model": setup.model, "repeat": repeat, **row})
-            for variant in setup.variants:
-                if variant.fields:
-                    report = _report(setup, load, variant, urls[variant.backend])
-                    for row in rows:
-                        if row["load"] == asdict(load) and row["variant"] == variant.name:
-                            row["report"] = report
     return rows
 
 
@@ -68,15 +76,20 @@ def _server(setup: Serving, backend: str | None) -> Server:
     arguments += ["--dtype", dtype()]
     arguments += ["--attention-backend", backend] if backend else []
     arguments += ["--num-gpu-blocks-override", str(setup.blocks)] if setup.blocks else []
-    arguments += [] if setup.prefix_caching else ["--no-enable-prefix-caching"]
     # One thread each: with more threads than idle cores every OpenMP region costs a time slice.
-    environment = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "2"}
-    return Server(model=str(path_of(setup.model)), args=arguments, env=environment)
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "CALIDROP_REFRESH_SECONDS": str(REFRESH_SECONDS),
+        "VLLM_SERVER_DEV_MODE": "1",  # the prefix cache can be emptied: all variants get the same prompts
+    }
+    return Server(model=str(path_of(setup.model)), args=arguments, env=environment, start_timeout=900)
 
 
 def prompts_of(setup: Serving, load: Load, seed: int, count: int) -> list[str]:
     """The same for all variants. The bundled model gets texts in its language, the others random words."""
-    rng = random.Random(f"{setup.name} {load} {seed}")
+    rng = random.Random(f"{setup.name} {load.name} {load.input} {load.concurrency} {seed}")
     words = VOCABULARY[3:]
     beginning = [rng.choice(words) for _ in range(load.shared)]
     prompts = []
@@ -113,14 +126,17 @@ def _bench(setup: Serving, load: Load, variant: Variant, url: str, seed: int, pr
         arguments = parser.parse_args(
             [*command, "--ignore-eos", "--skip-chat-template", "--disable-shuffle", "--disable-tqdm"]
         )
+        httpx.post(f"{base}/reset_prefix_cache", timeout=60).raise_for_status()
         with (Path(folder) / "out").open("w") as out, redirect_stdout(out), _watching(base) as seen:
             result = asyncio.run(serve.main_async(arguments))
     assert result["completed"] == prompts, result
     names = ("duration", "output_throughput", "total_token_throughput", "total_input_tokens", "total_output_tokens")
     latencies = {name: value for name, value in result.items() if name.endswith("_ms") and not name.startswith("std")}
     figures = {name: result[name] for name in names}
+    sizes = {name: value for name, value in asdict(load).items() if name not in ("name", "variants", "repeats")}
     return {
-        "load": asdict(load), "variant": variant.name, "machine_load": load_average(), **figures, **latencies, **seen
+        "name": load.name, "load": sizes, "variant": variant.name, "machine_load": load_average(),
+        **figures, **latencies, **seen,
     }  # fmt: skip
 
 
@@ -128,6 +144,7 @@ def _bench(setup: Serving, load: Load, variant: Variant, url: str, seed: int, pr
 def _watching(base: str) -> Iterator[dict[str, float]]:
     """Peaks and gains of the server's metrics while the context is open; filled when it closes."""
     seen = dict.fromkeys((*PEAKS, *GAINS), 0.0)
+    time.sleep(2 * REFRESH_SECONDS)
     before, done = _metrics(base), threading.Event()
 
     def watch() -> None:
@@ -143,34 +160,20 @@ def _watching(base: str) -> Iterator[dict[str, float]]:
     finally:
         done.set()
         watcher.join()
+        time.sleep(2 * REFRESH_SECONDS)
         after = _metrics(base)
         seen.update({name: after.get(metric, 0.0) - before.get(metric, 0.0) for name, metric in GAINS.items()})
+        seen["kv_blocks"] = round(seen.pop("kv_usage") * after[KV_BLOCKS])
+        seen["swap_bytes"] = seen.pop("swap_blocks") * after.get("calidrop:swap_block_bytes", 0.0)
 
 
 def _metrics(base: str) -> dict[str, float]:
     found: dict[str, float] = {}
     for line in httpx.get(f"{base}/metrics", timeout=60).text.splitlines():
-        if line.startswith("vllm:"):
+        if line.startswith("vllm:cache_config_info"):
+            found[KV_BLOCKS] = float(line.split('num_gpu_blocks="')[1].split('"')[0])
+        elif line.startswith(("vllm:", "calidrop:")):
             name, value = line.rsplit(" ", 1)
             name = name.split("{")[0]
             found[name] = found.get(name, 0.0) + float(value)
     return found
-
-
-def _report(setup: Serving, load: Load, variant: Variant, url: str) -> dict[str, float]:
-    """How often some requests of this load recomputed, and what they read: from the server's own reports."""
-    totals: dict[str, float] = dict.fromkeys(("recomputes", "merges", "plain", "group_reads", "bytes_read"), 0)
-    count, tokens = 4, 0
-    for prompt in prompts_of(setup, load, 1000, count):
-        body = {"model": str(path_of(setup.model)), "prompt": prompt, "max_tokens": load.output, "temperature": 0}
-        answer = httpx.post(f"{url}/completions", json={**body, "ignore_eos": True, **variant.fields}, timeout=600)
-        report = answer.raise_for_status().json()["calidrop"][0]
-        tokens += answer.json()["usage"]["completion_tokens"]
-        for name in totals:
-            totals[name] += report[name]
-    decisions = totals["recomputes"] + totals["merges"] + totals["plain"]
-    return {
-        "recompute_rate": totals["recomputes"] / decisions if decisions else 0.0,
-        "merge_rate": totals["merges"] / decisions if decisions else 0.0,
-        "bytes_read_per_output_token": totals["bytes_read"] / tokens,
-    }

@@ -17,6 +17,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
 from vllm_calidrop.cache.codecs import NAMES
+from vllm_calidrop.cache.growth import most_blocks
 from vllm_calidrop.cache.layout import first_kept_block, swap_blocks_for
 from vllm_calidrop.cache.ledger import Ledger, Shape, prefill_state_bytes, settings_of
 from vllm_calidrop.memory import PoolSizes
@@ -606,6 +607,63 @@ def test_headroom_is_not_wasted() -> None:
     newcomer = make_request(100, kv_budget=50)
     assert ledger.must_wait(newcomer, 7, 7, held, chunk=200)
     assert not ledger.must_wait(newcomer, 7, 8, held, chunk=200)
+
+
+def test_a_report_is_told_when_it_is_new_and_at_the_end() -> None:
+    ledger = make_ledger()
+    compacted, plain = make_request(1000, kv_budget=100), make_request(50)
+    records = {request.request_id: admit(ledger, request) for request in (compacted, plain)}
+    record = records[compacted.request_id]
+    assert record is not None
+    for request in (compacted, plain):
+        assert ledger.news(request.request_id, finished=False) == ledger.report(request.request_id, finished=False)
+        assert ledger.news(request.request_id, finished=False) is None
+    for value in (1, 2):
+        run_step(ledger, counters_for(record, value))
+        assert ledger.news(plain.request_id, finished=False) is None
+        news = ledger.news(compacted.request_id, finished=False)
+        assert news is not None and news["recomputes"] == value * SHAPE.num_layers
+        assert news["pages_read"] == value * SHAPE.num_layers * -(-900 // 16)
+    for request in (compacted, plain):
+        assert ledger.news(request.request_id, finished=True) == report_of(ledger, request)
+    ledger.release(compacted.request_id)
+    admit(ledger, compacted)
+    assert ledger.news(compacted.request_id, finished=False) is not None, "a new life is news"
+
+
+def certain(request: Request, tokens: int) -> Request:
+    request.sampling_params.ignore_eos, request.max_tokens = True, tokens
+    return request
+
+
+def test_outputs_that_are_certain_must_fit_beside_each_other() -> None:
+    """Three sequences of 100 kept and 60 certain outputs hold 10 blocks each at the end."""
+    ledger = make_ledger()
+    for _ in range(2):
+        admit(ledger, certain(make_request(1060, kv_budget=100), 60))
+    newcomer = certain(make_request(1060, kv_budget=100), 60)
+    first = first_kept_block(1060, 100, SHAPE.block_size)
+    each = -(-(1120 - first * SHAPE.block_size) // SHAPE.block_size)
+    assert ledger.outgrows(newcomer, 3 * each - 1)
+    assert not ledger.outgrows(newcomer, 3 * each)
+    assert not make_ledger().outgrows(newcomer, 1), "alone it is admitted: vLLM's own rules refuse what never fits"
+    assert not ledger.outgrows(make_request(1060, kv_budget=100), 2 * each + 7), "it may end at once"
+    newcomer.sampling_params.stop = ["."]
+    assert not ledger.outgrows(newcomer, 2 * each + 7), "and so may this one"
+
+
+def test_sequences_that_end_earlier_leave_room() -> None:
+    assert most_blocks([10, 10], [6, 22], 16) == 2, "when the first ends both hold one; then the other grows alone"
+    assert most_blocks([10, 10], [22, 22], 16) == 4
+    assert most_blocks([16, 1], [0, 0], 16) == 2
+    assert most_blocks([], [], 16) == 0
+
+
+def test_without_a_budget_in_sight_growth_is_vllms_own_matter() -> None:
+    ledger = make_ledger()
+    admit(ledger, certain(make_request(1000), 100))
+    assert not ledger.outgrows(certain(make_request(1000), 100), 1)
+    assert ledger.outgrows(certain(make_request(1000, kv_budget=10), 100), 1)
 
 
 @pytest.mark.parametrize(("policy", "each"), [("snapkv", 2 * 32 * 4 * 32), ("h2o", 2 * 2 * 1000 * 4)])

@@ -16,6 +16,7 @@ import torch
 
 from vllm_calidrop.cache.codecs import Codec, codec_of
 from vllm_calidrop.cache.full_pool import FullPool, Refusal
+from vllm_calidrop.cache.growth import certain_outputs, most_blocks
 from vllm_calidrop.cache.layout import (
     cacheable_hit,
     first_kept_block,
@@ -67,7 +68,8 @@ class Report:
     """What the answer's `calidrop` object says; counters accumulate over preemptions.
 
     read_bytes: of one read: a KV head group's stored tokens, or a page where they are recalled by pages.
-    counted, compacted: whether the request is in the engine's totals already.
+    counted, compacted: whether the request is in the engine's totals already. told: whether the API process has it as
+    it is.
     """
 
     prompt_tokens: int
@@ -84,6 +86,7 @@ class Report:
     current: SequenceCounters | None = None
     counted: bool = False
     compacted: bool = False
+    told: bool = False
 
     @property
     def counts(self) -> np.ndarray | None:
@@ -101,12 +104,21 @@ class Report:
         """Encoded bytes, with all that is needed to decode them."""
         if self.current is None:
             return self.earlier_bytes
-        reads = self.current.counts[:, _PAGES_READ if self.by_pages else _GROUP_READS].sum()
-        return self.earlier_bytes + int(reads) * self.read_bytes
+        reads = self.current.sums[_PAGES_READ if self.by_pages else _GROUP_READS]
+        return self.earlier_bytes + reads * self.read_bytes
+
+    @property
+    def sums(self) -> list[int]:
+        """`counts` over all layers; zeros if it was never compacted."""
+        if self.current is None or self.earlier is not None:
+            counts = self.counts
+            return counts.sum(0).tolist() if counts is not None else [0] * len(COUNTERS)
+        sums = list(self.current.sums)
+        if not self.by_pages:
+            sums[_PAGES_READ] = sums[_GROUP_READS] * pages_for(self.stored)
+        return sums
 
     def as_dict(self, with_layers: bool) -> dict[str, Any]:
-        counts = self.counts
-        sums = counts.sum(0).tolist() if counts is not None else [0] * len(COUNTERS)
         report: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
             "kept": self.kept,
@@ -115,9 +127,9 @@ class Report:
             "reason": self.reason,
             "codec": self.codec,
         }
-        report.update(zip(COUNTERS, sums, strict=True))
+        report.update(zip(COUNTERS, self.sums, strict=True))
         report["bytes_read"] = self.bytes_read
-        if with_layers and counts is not None:
+        if with_layers and (counts := self.counts) is not None:
             report["layers"] = dict(zip(COUNTERS, counts.T.tolist(), strict=True))
         return report
 
@@ -205,6 +217,25 @@ class Ledger:
         mine = self._prefill_state_bytes(settings.kv_policy, settings.kv_window, request.num_prompt_tokens)
         return used + mine > self.prefill_state_limit
 
+    def outgrows(self, request: Request, pool_blocks: int) -> bool:
+        """Whether outputs that are certain to come would not fit beside each other if `request` were admitted now, each
+        prompt at its compressed size: somebody would be preempted, and computed again. Asked where somebody compresses.
+        """
+        others = [admitted.request for admitted in self._admitted.values()]
+        first_blocks = [self.first_block_of(other.request_id) or 0 for other in others]
+        mine = self._first_block_if_admitted(request)
+        if not others or not (mine or any(first_blocks)):
+            return False
+        requests, bs = [*others, request], self.shape.block_size
+        held = [r.num_tokens - first * bs for r, first in zip(requests, [*first_blocks, mine], strict=True)]
+        return most_blocks(held, [certain_outputs(r) for r in requests], bs) > pool_blocks
+
+    def _first_block_if_admitted(self, request: Request) -> int:
+        settings = settings_of(request)
+        if settings is None or settings.kv_budget is None or not _wants_eviction(settings, request.num_prompt_tokens):
+            return 0
+        return first_kept_block(request.num_prompt_tokens, settings.kv_budget, self.shape.block_size)
+
     def admit(self, request: Request) -> bool:
         """Decide, reserve and report; False if the request waits or is refused (cache/full_pool.py).
 
@@ -290,7 +321,15 @@ class Ledger:
             report = self._reports.get(request_id)
             admitted = self._admitted.get(request_id)
             if report and admitted and admitted.record and admitted.record.admission == counted.admission:
-                report.current = counted
+                report.current, report.told = counted, False
+
+    def news(self, request_id: str, finished: bool) -> dict[str, Any] | None:
+        """`report`, unless the API process has it as it is; it gets the last one of a request in any case."""
+        report = self._reports.get(request_id)
+        if report is None or (report.told and not finished):
+            return None
+        report.told = True
+        return self.report(request_id, finished)
 
     def report(self, request_id: str, finished: bool) -> dict[str, Any] | None:
         """The report so far; with the counters of every layer once the request is finished."""

@@ -82,4 +82,6 @@ def _must_wait(manager: Any, ledger: Any, request: Any, hit_blocks: Any) -> bool
     shared = sum(block.ref_cnt > 0 for block in hit_blocks.blocks[0]) if hit_blocks and hit_blocks.blocks[0] else 0
     needed = -(-request.num_tokens // group.block_size) - shared
     held = {request_id: len(blocks) for request_id, blocks in group.req_to_blocks.items()}
+    if ledger.outgrows(request, manager.block_pool.num_gpu_blocks - 1):
+        return True
     return ledger.must_wait(request, needed, manager.block_pool.get_num_free_blocks(), held, manager.calidrop_chunk)

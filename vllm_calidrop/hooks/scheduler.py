@@ -83,7 +83,7 @@ def _exchange_reports(original: Callable[..., Any]) -> Callable[..., Any]:
             for output in outputs.outputs:
                 if output.kv_transfer_params and REPORT_KEY in output.kv_transfer_params:
                     continue  # a refusal
-                report = ledger.report(output.request_id, finished=output.finish_reason is not None)
+                report = ledger.news(output.request_id, finished=output.finish_reason is not None)
                 if report is not None:
                     output.kv_transfer_params = {**(output.kv_transfer_params or {}), REPORT_KEY: report}
         ledger.forget_reports(alive=self.requests)

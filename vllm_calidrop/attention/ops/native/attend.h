@@ -104,6 +104,9 @@ template <int L, class T>
 inline void tile_logits(const Tile<T>& tile, int width, int head_dim, const float* query, int heads, float* out,
                         long stride) {
   int h = 0;
+  if constexpr (L == kKeyTransposed && kSums == 4)  // twelve sums of 8 and their operands: all of AVX2's registers
+    for (; h + 6 <= heads; h += 6)
+      tile_logits_of<L, 6>(tile, width, head_dim, query + h * head_dim, out + h * stride, stride);
   for (; h + 4 <= heads; h += 4)
     tile_logits_of<L, 4>(tile, width, head_dim, query + h * head_dim, out + h * stride, stride);
   for (; h + 2 <= heads; h += 2)
