@@ -17,7 +17,8 @@ from vllm_calidrop.attention.compaction import compact, observe_chunk
 from vllm_calidrop.attention.ops.packed import PackedCache
 from vllm_calidrop.attention.prefill import PrefillRow
 from vllm_calidrop.cache.layout import SWAP_BLOCK_TOKENS, first_kept_block, swap_blocks_for, view_start
-from vllm_calidrop.cache.ledger import Shape, prefill_state_bytes
+from vllm_calidrop.cache.ledger import prefill_state_bytes
+from vllm_calidrop.cache.reports import Shape
 from vllm_calidrop.cache.spec import CaliDropSpec
 from vllm_calidrop.cache.swap import SwapPool
 from vllm_calidrop.engine import leave_room, size_pools
