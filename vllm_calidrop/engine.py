@@ -7,7 +7,8 @@ from typing import Any
 
 import psutil
 
-from vllm_calidrop.cache.ledger import Ledger, Shape
+from vllm_calidrop.cache.ledger import Ledger
+from vllm_calidrop.cache.reports import Shape
 from vllm_calidrop.cache.spec import CaliDropSpec
 from vllm_calidrop.flavour import is_on_gpu, uses_cuda_flavour
 from vllm_calidrop.memory import (

@@ -14,7 +14,7 @@ COUNTERS_ATTRIBUTE = "calidrop_counters"
 MEASURES_ATTRIBUTE = "calidrop_measures"
 
 # Columns of the counters, per layer: decisions of query heads, reads of KV head groups, 16-token pages read by those.
-# pages_read is counted for recall by pages; otherwise it follows from group_reads (cache/ledger.py). skipped: KV head
+# pages_read is counted for recall by pages; otherwise it follows from group_reads (cache/reports.py). skipped: KV head
 # groups (with recall by pages: pages) that the read budget kept from being read. nonfinite: KV heads whose evicted
 # KV the codec refused, because it holds NaN or inf; they go on without calibration.
 COUNTERS = ("recomputes", "merges", "plain", "group_reads", "pages_read", "skipped", "nonfinite")

@@ -159,11 +159,17 @@ def _serve(found: list[Row]) -> list[str]:
                 _to_stock(some, own, "output_throughput"), _to_stock(some, own, "processor_seconds"),
                 *(_percentiles(own, name) for name in ("ttft", "tpot", "itl")),
                 f"{max(r['running'] for r in own):.0f}", f"{max(r['kv_blocks'] for r in own):.0f}",
-                f"{sum(r['preemptions'] for r in own):.0f}", f"{max(r['swap_bytes'] for r in own) / MIB:.1f}",
+                f"{sum(r['preemptions'] for r in own):.0f}",
+                _mib(max(r["swap_bytes"] for r in own)),
                 *_rates(own),
             ])  # fmt: skip
         parts += [f"## {title} ({len({r['repeat'] for r in some})} repeats, load {busy:.1f})", _table(head, rows)]
     return parts
+
+
+def _mib(size: float) -> str:
+    """Empty for nothing, and where the server does not say."""
+    return f"{size / MIB:.1f}" if size else ""
 
 
 def _rates(rows: list[Row]) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
@@ -429,3 +431,40 @@ def _vary_our_fields_only(document: dict[str, Any], route: str) -> None:
     properties = document["components"]["schemas"][body["schema"]["$ref"].rpartition("/")[2]]["properties"]
     ours = {name: properties[name] for name in RequestSettings.model_fields}
     body["schema"] = {"type": "object", "properties": ours, "additionalProperties": False}
+
+
+# The end
+
+
+def test_sigterm_lets_running_requests_finish(url: str, model: str) -> None:
+    """The last test: the server is gone afterwards."""
+    body = {"model": model} | COMPLETION | {"max_tokens": 300, "kv_budget": 40, "stream": True}
+    started = []
+
+    def stream(_: int) -> list[str]:
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, headers=KEY, timeout=120) as response:
+            assert response.status_code == 200
+            lines = []
+            for line in response.iter_lines():
+                started.append(1)
+                lines.append(line)
+        return [line for line in lines if line]
+
+    with ThreadPoolExecutor(4) as pool:
+        streams = pool.map(stream, range(4))
+        for _ in range(2400):
+            if len(started) >= 40:
+                break
+            time.sleep(0.05)
+        (root,) = [p for p in psutil.process_iter(["cmdline"]) if _serves(p, url)]
+        root.send_signal(signal.SIGTERM)
+        for lines in streams:
+            assert lines[-1] == "data: [DONE]"
+            last = json.loads(lines[-2].removeprefix("data: "))
+            assert last["choices"][0]["finish_reason"] == "length"
+            assert last["calidrop"][0]["prompt_tokens"] == 300
+
+
+def _serves(process: psutil.Process, url: str) -> bool:
+    command = process.info["cmdline"] or []
+    return any("calidrop-server" in word for word in command) and url.rpartition(":")[2] in command

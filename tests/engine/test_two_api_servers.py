@@ -1,17 +1,13 @@
-"""Two API processes before one engine: defaults reach both, totals count once, a stop ends requests cleanly."""
+"""Two API processes before one engine: defaults reach both, and totals count once."""
 
 from __future__ import annotations
 
-import json
-import signal
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -25,10 +21,14 @@ CONNECTIONS = 8  # each request its own, spread over both processes
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     log = tmp_path_factory.mktemp("two-api-servers") / "log"
     options = ("--enforce-eager", "--api-server-count", "2")
     with serving(log, *options, program=CALIDROP_SERVER, CALIDROP_ADMIN_KEY="operator") as url:
+        for _ in range(600):  # the first that serves is not the last
+            if len(answering_processes(log)) == 2:
+                break
+            time.sleep(0.5)
         yield url, log
 
 
@@ -57,8 +57,8 @@ def answering_processes(log: Path) -> set[str]:
     return {line.rpartition("[")[2] for line in lines}
 
 
-def test_defaults_reach_both(server: tuple[str, Path]) -> None:
-    url, log = server
+def test_defaults_reach_both(both: tuple[str, Path]) -> None:
+    url, log = both
     assert len(answering_processes(log)) == 2
     with httpx.Client(base_url=url, timeout=120) as one:
         changed = one.post("/calidrop/defaults", json={"kv_budget": 50}, headers=ADMIN)
@@ -97,8 +97,8 @@ def value_of(samples: dict[str, float], name: str) -> float:
     return sum(value for sample, value in samples.items() if sample.startswith(f"calidrop:{name}_total["))
 
 
-def test_totals_are_counted_once(server: tuple[str, Path]) -> None:
-    url, _ = server
+def test_totals_are_counted_once(both: tuple[str, Path]) -> None:
+    url, _ = both
     before = settled(url)
     reports = ask_both(url, lambda client: complete(client, kv_budget=40))
     refusals = ask_both(url, lambda client: client.post("/v1/completions", json=BODY | {"kv_budget": 0}).status_code)
@@ -113,35 +113,3 @@ def test_totals_are_counted_once(server: tuple[str, Path]) -> None:
         assert gained == sum(report[report_name] for report in reports), name
     assert value_of(after, "requests") - value_of(before, "requests") == CONNECTIONS
     assert value_of(after, "requests_refused") - value_of(before, "requests_refused") == CONNECTIONS
-
-
-def test_sigterm_lets_running_requests_finish(server: tuple[str, Path]) -> None:
-    """The last test: the server is stopping afterwards. Every stream ends with its report or with an error in it."""
-    url, _ = server
-    body = BODY | {"max_tokens": 300, "kv_budget": 40, "stream": True}
-    started = []
-
-    def stream(_: int) -> list[str]:
-        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as response:
-            assert response.status_code == 200
-            lines = []
-            for line in response.iter_lines():
-                started.append(1)
-                lines.append(line)
-        return [line for line in lines if line]
-
-    with ThreadPoolExecutor(4) as pool:
-        streams = pool.map(stream, range(4))
-        while len(started) < 40:
-            time.sleep(0.05)
-        (root,) = [p for p in psutil.process_iter(["cmdline"]) if _serves(p, url)]
-        root.send_signal(signal.SIGTERM)
-        for lines in streams:
-            assert lines[-1] == "data: [DONE]"
-            last = json.loads(lines[-2].removeprefix("data: "))
-            assert "error" in last or last["calidrop"][0]["kept"] == 40
-
-
-def _serves(process: psutil.Process, url: str) -> bool:
-    command = process.info["cmdline"] or []
-    return any("calidrop-server" in word for word in command) and url.rpartition(":")[2] in command

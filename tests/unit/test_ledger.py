@@ -19,7 +19,8 @@ from vllm.v1.request import Request
 from vllm_calidrop.cache.codecs import NAMES
 from vllm_calidrop.cache.growth import most_blocks
 from vllm_calidrop.cache.layout import first_kept_block, swap_blocks_for
-from vllm_calidrop.cache.ledger import Ledger, Shape, prefill_state_bytes, settings_of
+from vllm_calidrop.cache.ledger import Ledger, prefill_state_bytes, settings_of
+from vllm_calidrop.cache.reports import Shape
 from vllm_calidrop.memory import PoolSizes
 from vllm_calidrop.records import COUNTERS, SequenceCounters, SequenceRecord
 from vllm_calidrop.sequences import SequenceTable

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_calidrop.cache.ledger import Shape
+from vllm_calidrop.cache.reports import Shape
 from vllm_calidrop.cache.totals import Totals
 from vllm_calidrop.measures import Measures, observe_similarity, similarity_histogram
 from vllm_calidrop.metrics import COMPACTION_SECONDS, SIMILARITY

@@ -11,127 +11,25 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-
-from vllm_calidrop.cache.codecs import Codec, codec_of
 from vllm_calidrop.cache.full_pool import FullPool, Refusal
 from vllm_calidrop.cache.growth import certain_outputs, most_blocks
 from vllm_calidrop.cache.layout import (
     cacheable_hit,
     first_kept_block,
-    pages_for,
     swap_blocks_for,
     view_start,
 )
+from vllm_calidrop.cache.reports import Report, Shape, kept_whole
 from vllm_calidrop.cache.swap import SwapLedger
 from vllm_calidrop.cache.totals import Totals
 from vllm_calidrop.calibration import Gate
 from vllm_calidrop.memory import PoolSizes
 from vllm_calidrop.policies import POLICIES
-from vllm_calidrop.records import COUNTERS, RecallRecord, SequenceCounters, SequenceRecord, StepRecords
+from vllm_calidrop.records import RecallRecord, SequenceCounters, SequenceRecord, StepRecords
 from vllm_calidrop.settings import RECORD_KEY, RequestSettings
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
-
-
-_GROUP_READS, _PAGES_READ = COUNTERS.index("group_reads"), COUNTERS.index("pages_read")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What the ledger must know of the model on one rank. head_dim, dtype: of its KV cache.
-
-    ranks: how many there are (tensor parallel).
-    """
-
-    block_size: int
-    num_layers: int
-    num_kv_heads: int
-    num_query_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    ranks: int = 1
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """K and V of one KV head in one layer, in the cache's dtype."""
-        return 2 * self.head_dim * self.dtype.itemsize
-
-    def codec(self, name: str) -> Codec:
-        return codec_of(name, self.head_dim, self.dtype)
-
-
-@dataclass
-class Report:
-    """What the answer's `calidrop` object says; counters accumulate over preemptions.
-
-    read_bytes: of one read: a KV head group's stored tokens, or a page where they are recalled by pages.
-    counted, compacted: whether the request is in the engine's totals already. told: whether the API process has it as
-    it is.
-    """
-
-    prompt_tokens: int
-    kept: int
-    evicted: int
-    mode: str
-    reason: str | None
-    stored: int
-    codec: str | None = None
-    read_bytes: int = 0
-    by_pages: bool = False
-    earlier_bytes: int = 0
-    earlier: np.ndarray | None = None
-    current: SequenceCounters | None = None
-    counted: bool = False
-    compacted: bool = False
-    told: bool = False
-
-    @property
-    def counts(self) -> np.ndarray | None:
-        """int64 [layers, COUNTERS] over all lives of the request; None if it was never compacted."""
-        if self.current is None:
-            return self.earlier
-        counts = self.current.counts
-        if not self.by_pages:
-            counts = counts.copy()
-            counts[:, _PAGES_READ] = counts[:, _GROUP_READS] * pages_for(self.stored)
-        return counts if self.earlier is None else counts + self.earlier
-
-    @property
-    def bytes_read(self) -> int:
-        """Encoded bytes, with all that is needed to decode them."""
-        if self.current is None:
-            return self.earlier_bytes
-        reads = self.current.sums[_PAGES_READ if self.by_pages else _GROUP_READS]
-        return self.earlier_bytes + reads * self.read_bytes
-
-    @property
-    def sums(self) -> list[int]:
-        """`counts` over all layers; zeros if it was never compacted."""
-        if self.current is None or self.earlier is not None:
-            counts = self.counts
-            return counts.sum(0).tolist() if counts is not None else [0] * len(COUNTERS)
-        sums = list(self.current.sums)
-        if not self.by_pages:
-            sums[_PAGES_READ] = sums[_GROUP_READS] * pages_for(self.stored)
-        return sums
-
-    def as_dict(self, with_layers: bool) -> dict[str, Any]:
-        report: dict[str, Any] = {
-            "prompt_tokens": self.prompt_tokens,
-            "kept": self.kept,
-            "evicted": self.evicted,
-            "mode": self.mode,
-            "reason": self.reason,
-            "codec": self.codec,
-        }
-        report.update(zip(COUNTERS, self.sums, strict=True))
-        report["bytes_read"] = self.bytes_read
-        if with_layers and (counts := self.counts) is not None:
-            report["layers"] = dict(zip(COUNTERS, counts.T.tolist(), strict=True))
-        return report
 
 
 @dataclass
@@ -377,11 +275,11 @@ class Ledger:
         prompt_len = request.num_prompt_tokens
         settings = settings_of(request)
         if settings is None or settings.kv_budget is None:
-            return None, _kept_whole(prompt_len, "no_budget")
+            return None, kept_whole(prompt_len, "no_budget")
         if settings.kv_policy == "full":
-            return None, _kept_whole(prompt_len, "policy_full")
+            return None, kept_whole(prompt_len, "policy_full")
         if prompt_len <= settings.kv_budget:
-            return None, _kept_whole(prompt_len, "prompt_within_budget")
+            return None, kept_whole(prompt_len, "prompt_within_budget")
 
         evicted = prompt_len - settings.kv_budget
         stored = _tokens_to_store(settings, evicted)
@@ -396,7 +294,7 @@ class Ledger:
                 )
                 return None
             if settings.kv_on_full == "full":
-                return None, _kept_whole(prompt_len, lacking)
+                return None, kept_whole(prompt_len, lacking)
             stored, swap_blocks, reason = 0, (), lacking
 
         codec, by_pages = self.shape.codec(settings.kv_codec), recall is not None
@@ -504,10 +402,6 @@ def _tokens_to_store(settings: RequestSettings, evicted: int) -> int:
     if not settings.calibrates:
         return 0
     return evicted if settings.kv_calibration_size is None else min(evicted, settings.kv_calibration_size)
-
-
-def _kept_whole(prompt_len: int, reason: str) -> Report:
-    return Report(prompt_len, kept=prompt_len, evicted=0, mode="full", reason=reason, stored=0)
 
 
 def _is_compacted(admitted: _Admitted) -> bool:

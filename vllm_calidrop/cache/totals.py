@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from vllm_calidrop.cache.reports import Report, Shape
 from vllm_calidrop.measures import WorkerMeasures
 from vllm_calidrop.metrics import COMPACTION_SECONDS, SIMILARITY
 from vllm_calidrop.records import COUNTERS, SequenceRecord
-
-if TYPE_CHECKING:
-    from vllm_calidrop.cache.ledger import Report, Shape
 
 MODES = ("calidrop", "evict", "full")
 FALLBACK_REASONS = ("swap_full", "recall_full")
