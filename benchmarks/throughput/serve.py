@@ -83,6 +83,7 @@ def _server(setup: Serving, backend: str | None) -> Server:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "CALIDROP_REFRESH_SECONDS": str(REFRESH_SECONDS),
         "VLLM_SERVER_DEV_MODE": "1",  # the prefix cache can be emptied: all variants get the same prompts
+        **({"VLLM_PLUGINS": backend} if backend else {}),  # its metrics beside vLLM's, as `calidrop-server` has them
     }
     return Server(model=str(path_of(setup.model)), args=arguments, env=environment, start_timeout=900)
 
