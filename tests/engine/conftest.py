@@ -43,6 +43,7 @@ ENGINES = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # before the test process names its groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several test processes: those that share an engine, a server or a file share a process."""
     for item in items:
