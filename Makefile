@@ -46,7 +46,7 @@ test-unit: $(VENV)/.installed-dev ## the tests that start no engine
 
 test-engine: export LM_EVAL_PYTHON = $(abspath $(VENV)-lm-eval/bin/python)
 test-engine: $(VENV)/.installed-dev $(VENV)-lm-eval/.installed ## the covering set of tests against the real engine
-	$(PYTEST) tests/engine -n 2 --dist loadgroup $(ARGS)
+	$(PYTEST) tests/engine -n 2 --dist loadfile $(ARGS)
 
 test-full: $(VENV)/.installed-dev ## the whole matrix against the real engine (hours)
 	$(PYTEST) tests/engine -m full $(ARGS)

@@ -43,15 +43,6 @@ ENGINES = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)  # before the test process names its groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several test processes: those that share an engine, a server or a file share a process."""
-    for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        group = next((name for name in ("engine_named", "server") if name in fixtures), item.path.stem)
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def engine_named() -> Iterator[Callable[[str], Engine]]:
     """An engine by its name in ENGINES, started when first asked for and kept."""
