@@ -26,6 +26,11 @@ class Ask:
         return Settings(**{name: value for name, value in self.settings.items() if name in names})
 
 
+# Sampling with which no output is certain to come (padding is never generated), so admission counts on none, and
+# sequences outgrow a small pool.
+MAY_STOP: dict[str, Any] = {"stop_token_ids": [0]}
+
+
 @dataclass
 class Answer:
     """kept: per layer int64 [KV heads, budget], last compaction. preempted_at: outputs known at each preemption."""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.engine.cases import MODEL, CachedReference, ask_of, covering_combinations, prompt_of
-from tests.engine.harness import Ask, Engine, assert_equal_to_reference
+from tests.engine.harness import MAY_STOP, Ask, Engine, assert_equal_to_reference
 
 pytestmark = pytest.mark.engine
 
@@ -70,7 +70,7 @@ def test_preemption_and_aborts_leave_nothing(engine: Engine) -> None:
     alive = set()
     for index in range(20):
         settings = {"kv_budget": rng.choice((32, 64)), "kv_policy": "snapkv"} if index % 2 else {}
-        engine.submit(f"a{index}", Ask(prompt_of(rng.choice((150, 300)), index), 300, settings))
+        engine.submit(f"a{index}", Ask(prompt_of(rng.choice((150, 300)), index), 300, settings), **MAY_STOP)
         alive.add(f"a{index}")
     engine._preempted.clear()
     for outputs in engine.steps():

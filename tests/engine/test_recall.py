@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.engine.cases import POLICIES, CachedReference, prompt_of
-from tests.engine.harness import Ask, Engine, assert_equal_to_reference, difference, too_close
+from tests.engine.harness import MAY_STOP, Ask, Engine, assert_equal_to_reference, difference, too_close
 from vllm_calidrop.cache.layout import PAGE_TOKENS
 from vllm_calidrop.cache.swap import SwapLedger
 
@@ -134,7 +134,7 @@ def test_preemption_and_resume(engine_named: Callable[[str], Engine], reference:
     engine = engine_named("small-pool")
     how = ({}, {"kv_budget": 96, **PAGES}, {"kv_budget": 96, **PAGES, "kv_recall_buffer": 4})
     asks = [Ask(prompt_of(200, seed), 230, how[seed % 3]) for seed in range(9)]
-    answers = engine.ask(asks)
+    answers = engine.ask(asks, **MAY_STOP)
     engine.assert_nothing_in_use()
     chosen = [i for i, answer in enumerate(answers) if len(answer.preempted_at) <= 1]
     assert [i for i in chosen if asks[i].settings and answers[i].preempted_at], "nobody who recalls was preempted"

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import tests.engine.conftest  # noqa: F401  (environment, before vLLM)
 from tests.engine.cases import CALIBRATION, MODEL, POLICIES, CachedReference, prompt_of
-from tests.engine.harness import Ask, Engine, assert_equal_to_reference
+from tests.engine.harness import MAY_STOP, Ask, Engine, assert_equal_to_reference
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def main() -> None:
     # One prompt by SnapKV, whose scores tie on it; more would leave the check of kept sets too little.
     settings = {1: {"kv_budget": 96}, 3: {"kv_budget": 96, "kv_policy": "streaming_llm"}}
     asks = [Ask(prompt_of(150, seed), 90, settings.get(seed, {})) for seed in range(5)]
-    answers = small.ask(asks)
+    answers = small.ask(asks, **MAY_STOP)
     assert any(answer.preempted_at and ask.settings for ask, answer in zip(asks, answers, strict=True)), (
         "none preempted"
     )
