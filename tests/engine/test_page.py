@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
@@ -79,7 +80,8 @@ def set_width(driver: webdriver.Chrome, width: int, height: int = 900) -> None:
 
 
 def until(driver: webdriver.Chrome, met: Callable[[], Any], seconds: float = 60) -> None:
-    WebDriverWait(driver, seconds, 0.05).until(lambda _: met())
+    """Waits for it. The live part is drawn anew with every reading: what was found may be gone when it is looked at."""
+    WebDriverWait(driver, seconds, 0.05, [StaleElementReferenceException]).until(lambda _: met())
 
 
 def by_id(driver: webdriver.Chrome, name: str) -> WebElement:
@@ -118,10 +120,17 @@ def answers(page: webdriver.Chrome) -> list[str]:
 
 
 def facts(page: webdriver.Chrome, place: str) -> dict[str, str]:
-    rows = page.find_elements(By.CSS_SELECTOR, f"{place} > div")
-    return {
-        row.find_element(By.TAG_NAME, "dt").text: row.find_element(By.TAG_NAME, "dd").text for row in rows
-    }  # fmt: skip
+    """The rows of a list of figures, read in one step: between two, it may be drawn anew."""
+    read = (
+        "return Array.from(document.querySelectorAll(arguments[0]), row => "
+        "[row.querySelector('dt').innerText, row.querySelector('dd').innerText])"
+    )
+    return dict(page.execute_script(read, f"{place} > div"))
+
+
+def choose_span(page: webdriver.Chrome, name: str) -> bool:
+    page.find_element(By.CSS_SELECTOR, f".switch input[value={name}] + span").click()
+    return True
 
 
 def assert_quiet(page: webdriver.Chrome) -> None:
@@ -176,7 +185,7 @@ def test_both_answers_stream_and_say_what_they_cost(page: webdriver.Chrome, serv
             decided = report["recomputes"] + report["merges"] + report["plain"]
             assert abs(float(shown["recompute rate"].split()[0]) - 100 * report["recomputes"] / decided) < 2
     assert "the answers" in by_id(page, "progress").text
-    page.find_element(By.CSS_SELECTOR, ".switch input[value=start] + span").click()
+    until(page, lambda: choose_span(page, "start"))
     until(page, lambda: len(page.find_elements(By.CSS_SELECTOR, ".bars li")) == 4)
     until(page, lambda: "%" in page.find_element(By.CSS_SELECTOR, ".bars").text)
     assert int(facts(page, ".figures")["compressed"]) >= 1
