@@ -133,7 +133,7 @@ FULL = Profile(
     memory_length=8192,
     serving=(
         Serving("ample", "small", (
-            paper(16, 16, (*MAIN, *SIZES)),
+            paper(16, 16, (*MAIN, *SIZES), repeats=5),
             paper(16, 16, (STOCK, *OTHER_POLICIES), name="policies"),
             *(paper(c, n, FEW) for c, n in ((1, 2), (4, 8), (32, 32))),
             paper(16, 16, FEW, name="shared prefix", shared=512),

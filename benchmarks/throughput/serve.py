@@ -57,12 +57,18 @@ def measure(setup: Serving, folder: Path) -> list[dict[str, Any]]:
             _bench(setup, first, variant, urls[variant.backend], seed=-1, prompts=1)
         for load in setup.loads:
             for repeat in range(load.repeats):
-                for variant in load.variants:
+                for variant in _turned(load.variants, repeat):
                     before = _processor_seconds(processes[variant.backend])
                     row = _bench(setup, load, variant, urls[variant.backend], repeat, load.prompts)
                     row["processor_seconds"] = _processor_seconds(processes[variant.backend]) - before
                     rows.append({"setup": setup.name, "model": setup.model, "repeat": repeat, **row})
     return rows
+
+
+def _turned(variants: tuple[Variant, ...], repeat: int) -> tuple[Variant, ...]:
+    """Another one goes first in every repeat."""
+    first = repeat % len(variants)
+    return variants[first:] + variants[:first]
 
 
 def _processor_seconds(process: psutil.Process) -> float:
