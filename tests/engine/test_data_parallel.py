@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.engine.cases import POLICIES, CachedReference, prompt_of
 from tests.engine.conftest import CALIDROP_SERVER, serving
@@ -43,6 +44,11 @@ def test_two_ranks_equal_the_reference(tmp_path: Path, reference: CachedReferenc
             for engine in engines:
                 assert engine["totals"]["requests_by_mode"] == {"calidrop": len(asks), "evict": 0, "full": 0}
                 assert engine["totals"]["evicted_tokens"] == sum(len(ask.prompt) - 64 for ask in asks)
+        # A scrape shows the same from the start of its process's next reading on.
+        for _ in range(6):
+            assert scraped(url, "calidrop:evicted_tokens_total", len(asks) * (300 - 64)) == {
+                engine: len(asks) * (300 - 64) for engine in ("0", "1")
+            }
 
 
 def idle_engines(url: str) -> list[dict[str, Any]]:
@@ -53,3 +59,16 @@ def idle_engines(url: str) -> list[dict[str, Any]]:
             return sorted(engines, key=lambda engine: engine["engine"])
         time.sleep(0.2)
     raise AssertionError(f"still in use: {engines}")
+
+
+def scraped(url: str, name: str, awaited: float) -> dict[str, float]:
+    """A metric by its label `engine`, once every engine has the value that is awaited, or after five seconds."""
+    for _ in range(50):
+        families = text_string_to_metric_families(httpx.get(f"{url}/metrics", timeout=60).text)
+        samples = [sample for family in families for sample in family.samples if sample.name == name]
+        values = {sample.labels["engine"]: sample.value for sample in samples}
+        assert len(values) == len(samples)
+        if set(values.values()) == {awaited}:
+            break
+        time.sleep(0.1)
+    return values

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import httpx
@@ -15,6 +18,7 @@ import psutil
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from prometheus_client.parser import text_string_to_metric_families
 from schemathesis import GenerationMode
 
@@ -32,12 +36,53 @@ BUDGET = 24
 COMPLETION: dict[str, Any] = {"prompt": LONG, "max_tokens": 6, "temperature": 0, "ignore_eos": True}
 
 
+class Collector(ThreadingHTTPServer):
+    """Takes what OpenTelemetry exports over HTTP. spans: attributes of every `llm_request`, by the request's id."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Taking)
+        self.spans: dict[str, dict[str, Any]] = {}
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1/traces"
+
+
+class _Taking(BaseHTTPRequestHandler):
+    server: Collector
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        sent = ExportTraceServiceRequest.FromString(
+            gzip.decompress(body) if self.headers["Content-Encoding"] == "gzip" else body
+        )
+        for span in (s for resource in sent.resource_spans for scope in resource.scope_spans for s in scope.spans):
+            if span.name == "llm_request":
+                of = {a.key: getattr(a.value, str(a.value.WhichOneof("value"))) for a in span.attributes}
+                self.server.spans[of["gen_ai.request.id"]] = of
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Silent."""
+
+
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def collector() -> Iterator[Collector]:
+    with Collector() as collecting:
+        threading.Thread(target=collecting.serve_forever, daemon=True).start()
+        yield collecting
+        collecting.shutdown()
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory, collector: Collector) -> Iterator[str]:
     log = tmp_path_factory.mktemp("calidrop-server") / "log"
     options = ("--enforce-eager", "--api-key", "reader", "--calidrop-admin-key", "operator")
     options += ("--calidrop-max-body-bytes", "100000", "--additional-config", json.dumps({"calidrop": SETTINGS}))
-    with serving(log, *options, program=CALIDROP_SERVER) as base:
+    options += ("--otlp-traces-endpoint", collector.endpoint)
+    exporting = {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_BSP_SCHEDULE_DELAY": "100"}
+    with serving(log, *options, program=CALIDROP_SERVER, **exporting) as base:
         yield base
         text = log.read_text()
         assert "Traceback" not in text, "a request that is refused is no failure of the server"
@@ -78,6 +123,23 @@ def fresh_stats(http: httpx.Client) -> dict[str, Any]:
             return stats
         time.sleep(0.1)
     raise AssertionError(stats)
+
+
+def test_a_traces_span_says_what_the_answer_says(http: httpx.Client, model: str, collector: Collector) -> None:
+    compressed, whole = complete(http, model, kv_budget=BUDGET), complete(http, model)
+    ids = [f"{answer['id']}-0" for answer in (compressed, whole)]
+    for _ in range(300):
+        if collector.spans.keys() >= set(ids):
+            break
+        time.sleep(0.1)
+    for answer, request in zip((compressed, whole), ids, strict=True):
+        (report,) = answer["calidrop"]
+        said = {name: value for name, value in report.items() if isinstance(value, (str, int))}
+        span = collector.spans[request]
+        assert {k.removeprefix("calidrop."): v for k, v in span.items() if k.startswith("calidrop.")} == said
+        assert span["gen_ai.usage.prompt_tokens"] == report["prompt_tokens"] == len(LONG)
+    assert collector.spans[ids[0]]["calidrop.kept"] == BUDGET
+    assert collector.spans[ids[1]]["calidrop.mode"] == "full"
 
 
 # Keys

@@ -28,8 +28,9 @@ def install_api_hooks() -> None:
         openai_reports,
         openai_requests,
         output_processor,
+        tracing,
         verdict,
     )
 
-    for hook in (input_processor, output_processor, openai_requests, openai_reports, beam_search, verdict):
+    for hook in (input_processor, output_processor, openai_requests, openai_reports, beam_search, tracing, verdict):
         hook.install()
