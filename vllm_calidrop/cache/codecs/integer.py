@@ -14,42 +14,59 @@ class IntegerCodec(GroupedCodec):
     """numbers: -L/2 .. L/2 for codes 0 .. L = 2^bits - 1.
 
     shrinks: parts of the range that are tried beside the whole: the one of least squared error is taken, and what lies
-    beyond it is clamped. With the whole range alone, every value errs by half a scale at most.
+    beyond it is clamped. With the whole range alone, every value errs by half a scale at most. refits: how often offset
+    and scale are then fitted to the codes (least squares) and the codes to them; what errs less is taken.
     """
 
     shrinks: ClassVar[tuple[float, ...]] = ()
+    refits: ClassVar[int] = 0
 
     def quantise(self, x: Tensor, dim: int, valid: Tensor) -> Quantised:
         low = torch.where(valid, x, torch.inf).amin(dim, keepdim=True)
         high = torch.where(valid, x, -torch.inf).amax(dim, keepdim=True)
         low, high = (torch.where(edge.isinf(), 0.0, edge) for edge in (low, high))  # nothing counts
         offset = (low / 2 + high / 2).to(torch.bfloat16)
-        away = x - offset.float()
         step = torch.maximum(high - offset.float(), offset.float() - low) * (2 / self.levels)
-        scale = bfloat16_above(step)
-        codes = self._codes(away, scale)
-        error = self._error(away, codes, scale, dim, valid) if self.shrinks else None
+        best = self._coded(x, offset, bfloat16_above(step))
         for shrink in self.shrinks:
-            assert error is not None
-            narrow = bfloat16_above(step * shrink)
-            clamped = self._codes(away, narrow)
-            its_error = self._error(away, clamped, narrow, dim, valid)
-            better = its_error < error
-            codes, scale = torch.where(better, clamped, codes), torch.where(better, narrow, scale)
-            error = torch.minimum(its_error, error)
-        return Quantised(codes, offset, scale)
+            best = self._better(x, best, self._coded(x, offset, bfloat16_above(step * shrink)), dim, valid)
+        last = best
+        for _ in range(self.refits):
+            last = self._coded(x, *self._fitted(x, last, dim, valid))
+            best = self._better(x, best, last, dim, valid)
+        return best
+
+    def _coded(self, x: Tensor, offset: Tensor, scale: Tensor) -> Quantised:
+        codes = torch.where(scale > 0, (x - offset.float()) / scale.float(), 0.0) + self.levels / 2
+        return Quantised(codes.round().clamp(0, self.levels).to(torch.uint8), offset, scale)
+
+    def _fitted(self, x: Tensor, quantised: Quantised, dim: int, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Offset and scale of least squared error for the codes; the scale stays where all codes are one."""
+
+        def mean(of: Tensor) -> Tensor:
+            return torch.where(valid, of, 0.0).sum(dim, keepdim=True) / count
+
+        count = valid.expand_as(x).sum(dim, keepdim=True).clamp(min=1)
+        numbers = self.numbers(quantised.codes)
+        middle, at = mean(x), mean(numbers)
+        spread = mean((numbers - at).square())
+        fitted = mean((numbers - at) * (x - middle)) / torch.where(spread > 0, spread, 1.0)
+        scale = torch.where(spread > 0, fitted.to(torch.bfloat16), quantised.scale)
+        return (middle - scale.float() * at).to(torch.bfloat16), scale
+
+    def _better(self, x: Tensor, one: Quantised, other: Quantised, dim: int, valid: Tensor) -> Quantised:
+        """Of least squared error; `one` where they are equal."""
+
+        def error(of: Quantised) -> Tensor:
+            back = of.offset.float() + of.scale.float() * self.numbers(of.codes)
+            return torch.where(valid, (x - back).square(), 0.0).sum(dim, keepdim=True)
+
+        better = error(other) < error(one)
+        return Quantised(*(torch.where(better, new, old) for new, old in zip(other, one, strict=True)))
 
     @property
     def levels(self) -> int:
         return int(2**self.bits - 1)
-
-    def _codes(self, away: Tensor, scale: Tensor) -> Tensor:
-        codes = torch.where(scale > 0, away / scale.float(), 0.0) + self.levels / 2
-        return codes.round().clamp(0, self.levels).to(torch.uint8)
-
-    def _error(self, away: Tensor, codes: Tensor, scale: Tensor, dim: int, valid: Tensor) -> Tensor:
-        error = away - scale.float() * self.numbers(codes)
-        return torch.where(valid, error.square(), 0.0).sum(dim, keepdim=True)
 
     def numbers(self, codes: Tensor) -> Tensor:
         return codes.float() - self.levels / 2
@@ -70,6 +87,7 @@ class Int2(IntegerCodec):
     bits, group_tokens, outliers = 2, 112, 2
     gains = True
     shrinks = (0.9, 0.8, 0.7, 0.6, 0.5)
+    refits = 4
 
 
 class Int8Plain(Int8):
