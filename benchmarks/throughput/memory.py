@@ -92,11 +92,12 @@ def _resident(address: int, size: int) -> int:
 
 
 def _scratch(worker: Any, length: int) -> int:
-    """Copies of one layer's K and V that compaction makes of a prompt: as read, and as evicted, in the cache's dtype,
-    and the evicted ones in float32 for the first calibration."""
-    pages = worker.calidrop.pool.pages
+    """What a layer's compaction holds of a prompt at once: its evicted K and V, and for the first calibration their
+    logits twice in float32 (in 16 bits also the K and V in float32)."""
+    pages, table = worker.calidrop.pool.pages, worker.calidrop.table
     heads, head_dim = pages.shape[2], pages.shape[-1]
-    return 2 * heads * length * head_dim * (3 * pages.itemsize + 4) - 2 * heads * BUDGET * head_dim * 4
+    copies = pages.itemsize + (4 if pages.itemsize < 4 else 0)
+    return (length - BUDGET) * (2 * heads * head_dim * copies + 2 * heads * table.lse.shape[3] * 4)
 
 
 @contextmanager

@@ -84,6 +84,24 @@ def test_reads_what_vllm_wrote(isa: str, dtype: torch.dtype, block_size: int, he
 
 
 @CASES
+def test_takes_each_heads_own_tokens(
+    isa: str, dtype: torch.dtype, block_size: int, head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is taken at once; never written tokens are NaN, so a wrong place is seen."""
+    monkeypatch.setattr("vllm_calidrop.attention.ops.packed._TAKEN_AT_ONCE", 7)
+    tensor, blocks = empty_cache(block_size, head_dim, dtype), torch.tensor([3, 1, 4], dtype=torch.int32)
+    tokens = 2 * block_size + 5
+    keys, values = random_kv(tokens, head_dim, dtype)
+    position = torch.arange(tokens)
+    slots = blocks[position // block_size].long() * block_size + position % block_size
+    write_as_vllm_does(tensor, keys, values, slots, isa)
+    index = torch.stack([torch.randperm(tokens)[:19].sort().values for _ in range(KV_HEADS)])
+    taken = PackedCache(tensor, isa).take(blocks, index)
+    for found, written in zip(taken, (keys, values), strict=True):
+        assert torch.equal(found, torch.stack([written[index[head], head] for head in range(KV_HEADS)]))
+
+
+@CASES
 def test_writes_single_tokens_beside_others(isa: str, dtype: torch.dtype, block_size: int, head_dim: int) -> None:
     """Compaction overwrites some slots of a block; the slots around them keep what they hold."""
     packed = PackedCache(cache := empty_cache(block_size, head_dim, dtype), isa)

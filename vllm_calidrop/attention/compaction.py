@@ -51,7 +51,8 @@ def compact(
         window_sums = torch.zeros((cache.num_kv_heads, record.prompt_len), dtype=torch.float32)
         before = record.prompt_len - record.window
         column_sums_op()(window_sums, window_queries, row.blocks, cache, before, scale)
-    keys, values = _prompt_kv(row, cache, record.prompt_len)
+    summed = window_sums is not None or window_queries is None
+    keys = _shape_alone(cache, record.prompt_len) if summed else _prompt_keys(row, cache)
     selection = POLICIES[record.policy].select(
         ScoreInputs(
             keys=keys,
@@ -67,30 +68,29 @@ def compact(
         record.stored,
     )
     if record.calibrated:
-        evicted_keys, evicted_values = _take(keys, selection.evicted), _take(values, selection.evicted)
+        evicted_keys, evicted_values = cache.take(row.blocks, selection.evicted)
         refused = pool.write(layer, torch.tensor(record.swap_blocks), evicted_keys, evicted_values, record.codec)
         if record.recall is not None:
-            recall.put_sketch(layer, record, evicted_keys, keys)
+            recall.put_sketch(layer, record, evicted_keys, _prompt_keys(row, cache) if summed else keys)
         else:
-            query = last_query.view(keys.shape[0], -1, keys.shape[-1])
+            query = last_query.view(cache.num_kv_heads, -1, cache.head_dim)
             table.put(layer, record.slot, query, attention_state(query, evicted_keys, evicted_values, scale))
         if refused.any():
             table.refuse(layer, record.slot, refused)
             recall.refuse(layer, record.slot, refused)
-    kept_keys, kept_values = _take(keys, selection.kept), _take(values, selection.kept)
+    kept_keys, kept_values = cache.take(row.blocks, selection.kept)
     position = torch.arange(record.prompt_len - record.budget, record.prompt_len)
     slots = row.blocks[position // cache.block_size].long() * cache.block_size + position % cache.block_size
     cache.write(kept_keys.transpose(0, 1).contiguous(), kept_values.transpose(0, 1).contiguous(), slots)
     return selection
 
 
-def _prompt_kv(row: PrefillRow, cache: PackedCache, tokens: int) -> tuple[Tensor, Tensor]:
-    """K and V [H, tokens, D] of the first `tokens` positions, as attended (copies)."""
-    columns = -(-tokens // cache.block_size)
-    keys, values = cache.read(row.blocks[None, :columns])
-    return keys[0, :, :tokens], values[0, :, :tokens]
+def _prompt_keys(row: PrefillRow, cache: PackedCache) -> Tensor:
+    """K [H, P, D] of the prompt, as attended (a copy)."""
+    tokens = row.sequence.record.prompt_len
+    return cache.read(row.blocks[None, : -(-tokens // cache.block_size)])[0][0, :, :tokens]
 
 
-def _take(tokens: Tensor, index: Tensor) -> Tensor:
-    """[H, T, D] at per-head positions [H, n] -> [H, n, D]."""
-    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+def _shape_alone(cache: PackedCache, tokens: int) -> Tensor:
+    """[H, tokens, D] of NaN in no memory: where sums hold all that a policy wants of the keys, their shape is asked."""
+    return cache.tensor.new_full((), torch.nan).expand(cache.num_kv_heads, tokens, cache.head_dim)

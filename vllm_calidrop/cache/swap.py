@@ -8,6 +8,9 @@ from torch import Tensor
 from vllm_calidrop.cache.codecs import NAMES, codec_of, number_of
 from vllm_calidrop.cache.layout import PAGE_TOKENS, PAGES_PER_BLOCK
 
+# Blocks of each KV head that are encoded before they are stored.
+_BLOCKS_AT_ONCE = 4
+
 
 class SwapLedger:
     """Free list of a pool's ids. A swap block is a fixed number of bytes of every layer and KV head, on all ranks.
@@ -59,9 +62,15 @@ class SwapPool:
 
         Returns bool [H]: the KV heads whose KV the codec refuses (`Encoded.refused`).
         """
-        encoded = self.codecs[number_of(codec)].encode(keys, values)
-        self.memory[layer, block_ids] = encoded.blocks.transpose(0, 1)
-        return encoded.refused
+        encoding = self.codecs[number_of(codec)]
+        refused = torch.zeros(len(keys), dtype=torch.bool)
+        tokens = _BLOCKS_AT_ONCE * encoding.tokens_per_block
+        parts = (block_ids.split(_BLOCKS_AT_ONCE), keys.split(tokens, dim=1), values.split(tokens, dim=1))
+        for ids, some_keys, some_values in zip(*parts, strict=True):
+            encoded = encoding.encode(some_keys, some_values)
+            self.memory[layer, ids] = encoded.blocks.transpose(0, 1)
+            refused |= encoded.refused
+        return refused
 
     def read(self, layer: int, block_ids: Tensor, kv_heads: Tensor, codec: int = 0) -> tuple[Tensor, Tensor]:
         """K and V [N, T, D] of N (sequence, KV head) pairs; block_ids: int64 [N, blocks], kv_heads: int64 [N].

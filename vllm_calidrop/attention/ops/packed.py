@@ -16,6 +16,8 @@ from vllm import _custom_ops as ops
 
 # Numbers are written in base 128: integers up to 256 are exact in every dtype of the cache.
 _BASE = 128
+# Tokens of each KV head whose elements' places, eight bytes each, are held at once.
+_TAKEN_AT_ONCE = 512
 
 
 class BlockOffsets(NamedTuple):
@@ -88,6 +90,21 @@ class PackedCache:
             .flatten(2, 3)
             for offsets in self._offsets
         )
+
+    def take(self, blocks: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """K and V [H, n, D] of one sequence's tokens at positions `index` [H, n], which every KV head has its own of.
+
+        blocks: its block table, integer [columns].
+        """
+        shape = (*index.shape, self.head_dim)
+        taken = tuple(self.tensor.new_empty(shape) for _ in self._offsets)
+        head = torch.arange(self.num_kv_heads)[:, None, None]
+        for first in range(0, index.shape[1], _TAKEN_AT_ONCE):
+            some = index[:, first : first + _TAKEN_AT_ONCE]
+            block = blocks[some // self.block_size].long().unsqueeze(-1)
+            for out, offsets in zip(taken, self._offsets, strict=True):
+                out[:, first : first + some.shape[1]] = self._regions[block, head, offsets[some % self.block_size]]
+        return taken[0], taken[1]
 
     def write(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         """Store K and V [tokens, H, D] at cache slots int64 [tokens]; every head's token may be another one."""
