@@ -22,12 +22,13 @@ SEQUENCES = 16
 
 
 def measure(model: str, length: int) -> dict[str, Any]:
-    """Bytes. accounted: swap blocks written, KV blocks written, state slots, and the scratch of one compaction."""
+    """Bytes. accounted: swap blocks written, KV blocks written, the scratch of one compaction, a prompt's activations."""
     engine = Engine(model, "calidrop", length + 512)
     try:
         # A full-KV prompt of the same length first: what vLLM itself touches only when it computes.
-        engine.submit([random_prompt(length, 1)], 2, {})
-        engine.finish()
+        with _peak() as plain:
+            engine.submit([random_prompt(length, 1)], 2, {})
+            engine.finish()
         worker = engine.core.model_executor.driver_worker.worker
         pool, ledger = engine.core.scheduler.kv_cache_manager.block_pool, engine.core.scheduler.calidrop
         before, fresh = family_pss(), _written(worker.model_runner)
@@ -43,7 +44,9 @@ def measure(model: str, length: int) -> dict[str, Any]:
                 engine.step()
             sequences = len(engine.core.scheduler.running)
         written = _written(worker.model_runner) - fresh
-        parts = {"swap": swap, "kv_pool": written, "scratch": _scratch(worker, length)}
+        # What the same engine takes for a prompt without a budget and has given back when it is idle.
+        prefill = max(plain) - before
+        parts = {"swap": swap, "kv_pool": written, "scratch": _scratch(worker, length), "prefill": prefill}
         accounted = sum(parts.values())
         return {
             "model": model,
