@@ -22,7 +22,7 @@ SEQUENCES = 16
 
 
 def measure(model: str, length: int) -> dict[str, Any]:
-    """Bytes. accounted: swap blocks written, KV blocks written, the scratch of one compaction, a prompt's activations."""
+    """Bytes. accounted: swap and KV blocks written, the scratch of one compaction, a prompt's activations."""
     engine = Engine(model, "calidrop", length + 512)
     try:
         # A full-KV prompt of the same length first: what vLLM itself touches only when it computes.
