@@ -60,6 +60,7 @@ def make_worker(worker: Any, pools: PoolSizes) -> CaliDropWorker:
     shape, num_slots = _model_shape(config, runner.kv_cache_config), _num_slots(config)
     if not uses_cuda_flavour():
         return CaliDropWorker(runner, layer_names, shape, num_slots, pools)
+    from vllm_calidrop.attention.cuda.self_check import self_check
     from vllm_calidrop.attention.cuda.worker import CaliDropCudaWorker
 
     max_rows = config.scheduler_config.max_num_seqs
@@ -67,6 +68,7 @@ def make_worker(worker: Any, pools: PoolSizes) -> CaliDropWorker:
     for name, index in ours.layer_index.items():
         layer = config.compilation_config.static_forward_context[name]
         layer.impl.attach(ours, index, layer.kv_cache)
+    self_check(ours, layer.kv_cache, layer.impl.scale)
     return ours
 
 

@@ -6,8 +6,6 @@ import os
 
 # `cuda` on vLLM's CPU platform: the CUDA backend over CPU tensors, its kernels under Triton's interpreter. For tests.
 FLAVOUR_VARIABLE = "VLLM_CALIDROP_FLAVOUR"
-# No GPU has run the CUDA backend yet: whoever wants to be the first says so.
-EXPERIMENTAL_VARIABLE = "VLLM_CALIDROP_EXPERIMENTAL_GPU"
 
 
 def uses_cuda_flavour() -> bool:
@@ -28,7 +26,3 @@ def is_on_gpu() -> bool:
     from vllm.platforms import current_platform
 
     return bool(current_platform.is_cuda())
-
-
-def is_experimental_accepted() -> bool:
-    return os.environ.get(EXPERIMENTAL_VARIABLE) == "1"
