@@ -139,6 +139,8 @@ FULL = Profile(
             paper(16, 16, FEW, name="shared prefix", shared=512),
             paper(16, 16, FEW, name="mixed lengths", spread=0.1),
         )),
+        # Four times as long: what is looked for is two parts in a hundred.
+        Serving("without a budget", "small", (paper(16, 64, (STOCK, NO_BUDGET), repeats=6, name="without a budget"),)),
         Serving("pool of 4", "small", (paper(16, 16, FEW, name="pool"),), blocks=pool_of(4, 1088)),
         Serving("long inputs", "llama-2x1024", (
             Load("inputs", 1024, 128, 8, 8, FEW),

@@ -145,6 +145,8 @@ API_SYMBOLS = {
     "vllm.v1.engine.input_processor.InputProcessor.process_inputs",
     "vllm.v1.engine.output_processor.RequestState.make_request_output",
     "vllm.v1.engine.output_processor.RequestState._new_completion_output",
+    "vllm.v1.engine.output_processor.OutputProcessor.do_tracing",
+    "vllm.v1.engine.output_processor.instrument_manual",
     "vllm.entrypoints.generate.beam_search.offline.BeamSearchOfflineMixin.beam_search",
     "vllm.entrypoints.openai.completion.protocol.CompletionRequest.to_sampling_params",
     "vllm.entrypoints.openai.chat_completion.protocol.ChatCompletionRequest.to_sampling_params",

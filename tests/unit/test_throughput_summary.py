@@ -28,6 +28,11 @@ def test_figures_come_from_the_rows() -> None:
     lines = summary.table({"serve": rows}).splitlines()[2:]
     measured = [line.split(" | ")[-1].removesuffix(" |") for line in lines]
     assert measured == ["1.00", "1.05", "1.10", "0.75", "1.20", "1.50"]
+    longer = [
+        {**row, "name": "without a budget", "output_throughput": 2 * row["output_throughput"]} for row in rows[:1]
+    ]
+    longer.append({**rows[2], "name": "without a budget"})
+    assert "to stock: output tokens/s | ≥ 0.98 | 0.49 |" in summary.table({"serve": rows + longer})
 
 
 def test_parts_that_were_not_run_are_left_out() -> None:
