@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 BUDGET = 128
+SMALL_SWAP = 256 * 2**20  # room for what sixteen sequences of the bundled model evict
 
 
 def calidrop(theta1: float, policy: str = "snapkv") -> dict[str, Any]:
@@ -32,6 +33,7 @@ CALIDROP_7 = Variant("CaliDrop .7/.85", "calidrop", calidrop(0.7))
 CALIDROP_8 = Variant("CaliDrop .8/.85", "calidrop", calidrop(0.8))
 MAIN = (STOCK, NO_BUDGET, EVICTION, CALIDROP_7, CALIDROP_8)
 FEW = (STOCK, EVICTION, CALIDROP_7)
+INT8 = Variant("CaliDrop .7/.85, int8", "calidrop", {**calidrop(0.7), "kv_codec": "int8"})
 OTHER_POLICIES = tuple(
     variant
     for policy in ("h2o", "streaming_llm")
@@ -67,13 +69,18 @@ class Load:
 
 @dataclass(frozen=True)
 class Serving:
-    """A server of one model for each backend, and the loads they get. blocks: the KV pool's, None for an ample one."""
+    """A server of one model for each backend, and the loads they get.
+
+    blocks: the KV pool's, None for an ample one. swap_bytes: None for the default, twice the KV pool: a small one and
+    prompts cut to an eighth fill the swap pool before the KV pool.
+    """
 
     name: str
     model: str
     loads: tuple[Load, ...]
     max_model_len: int = 1152
     blocks: int | None = None
+    swap_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,10 @@ def paper(concurrency: int, prompts: int, variants: tuple[Variant, ...], repeats
     return Load(more.pop("name", "paper"), 960, 128, concurrency, prompts, variants, repeats, **more)
 
 
+POOL_OF_4 = Serving(
+    "pool of 4", "small", (paper(16, 16, FEW, name="pool"),), blocks=pool_of(4, 1088), swap_bytes=SMALL_SWAP
+)
+
 QUICK = Profile(
     operator_repeats=8,
     step_lengths={"llama-2x1024": [1024, 4096]},
@@ -119,7 +130,7 @@ QUICK = Profile(
     memory_length=2048,
     serving=(
         Serving("ample", "small", (paper(16, 16, MAIN), paper(4, 8, FEW))),
-        Serving("pool of 4", "small", (paper(16, 16, FEW, name="pool"),), blocks=pool_of(4, 1088)),
+        POOL_OF_4,
     ),
 )
 
@@ -133,7 +144,7 @@ FULL = Profile(
     memory_length=8192,
     serving=(
         Serving("ample", "small", (
-            paper(16, 16, (*MAIN, *SIZES), repeats=5),
+            paper(16, 16, (*MAIN, INT8, *SIZES), repeats=5),
             paper(16, 16, (STOCK, *OTHER_POLICIES), name="policies"),
             *(paper(c, n, FEW) for c, n in ((1, 2), (4, 8), (32, 32))),
             paper(16, 16, FEW, name="shared prefix", shared=512),
@@ -141,7 +152,7 @@ FULL = Profile(
         )),
         # Four times as long: what is looked for is two parts in a hundred.
         Serving("without a budget", "small", (paper(16, 64, (STOCK, NO_BUDGET), repeats=6, name="without a budget"),)),
-        Serving("pool of 4", "small", (paper(16, 16, FEW, name="pool"),), blocks=pool_of(4, 1088)),
+        POOL_OF_4,
         Serving("long inputs", "llama-2x1024", (
             Load("inputs", 1024, 128, 8, 8, FEW),
             Load("inputs", 4096, 256, 4, 4, FEW),

@@ -82,6 +82,8 @@ def _server(setup: Serving, backend: str | None) -> Server:
     arguments += ["--dtype", dtype()]
     arguments += ["--attention-backend", backend] if backend else []
     arguments += ["--num-gpu-blocks-override", str(setup.blocks)] if setup.blocks else []
+    if backend and setup.swap_bytes is not None:
+        arguments += ["--additional-config", json.dumps({"calidrop": {"swap_bytes": setup.swap_bytes}})]
     # One thread each: with more threads than idle cores every OpenMP region costs a time slice.
     environment = {
         "OMP_NUM_THREADS": "1",

@@ -25,8 +25,10 @@ def measure(model: str, lengths: list[int], steps: int) -> list[dict[str, Any]]:
     cases: list[tuple[str, int, dict[str, Any]]] = [("no budget", BUDGET, {})]
     for length in lengths:
         cases += [("eviction only", length, EVICTION), ("calidrop .7/.85", length, CALIDROP)]
+        cases.append(("calidrop .7/.85, int8", length, {**CALIDROP, "kv_codec": "int8"}))
         cases.append(("pages, a look every step", length, PAGES))
     cases.append(("recompute always", max(lengths), RECOMPUTE))
+    cases.append(("recompute always, int8", max(lengths), {**RECOMPUTE, "kv_codec": "int8"}))
     rows = []
     try:
         # What two engines differ by that are the same: where in memory their weights happened to lie.

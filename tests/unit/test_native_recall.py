@@ -190,7 +190,7 @@ def test_every_page_at_every_step_is_full_attention(op: RecallOp, how: How, monk
             grouped = queries[case.where[i]].view(2, 3, 64)
             evicted = attention_state(grouped, keys, values, SCALE, exists.expand(2, -1))
             expected = merge_states(AttentionState(kept.out[i], kept.lse[i]), evicted).out
-            torch.testing.assert_close(out[case.where[i]].view(2, 3, 64), expected, rtol=1e-5, atol=3e-6)
+            torch.testing.assert_close(out[case.where[i]].view(2, 3, 64), expected, rtol=1e-5, atol=5e-6)
 
 
 def test_threads_share_the_rows() -> None:

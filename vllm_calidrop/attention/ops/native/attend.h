@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "codecs.h"
 #include "simd.h"
 
 namespace calidrop {
@@ -22,8 +23,16 @@ struct Tile {
   int first, last;
 };
 
-constexpr int kChunkTokens = 512;  // tokens whose logits are held at once
-constexpr int kAhead = 2;          // tiles whose keys are fetched before they are needed
+constexpr int kChunkTokens = 512;        // tokens whose logits are held at once, at most
+constexpr long kChunkBytes = 64 * 1024;  // of their keys: what is fetched ahead must still be in the second-level cache
+constexpr int kAhead = 2;                // tiles whose keys are fetched before they are needed
+
+// Fetch the lines of `elements` elements, a few at a time between arithmetic: more at once than the CPU has buffers for
+// would make it wait.
+template <class T>
+inline void fetch(const T* from, long elements) {
+  for (long i = 0; i < elements; i += long(64 / sizeof(T))) __builtin_prefetch(from + i, 0, 2);
+}
 
 // Logits of 16 * V tokens for H heads. query: [H, D].
 template <int H, int V, class T>
@@ -60,17 +69,19 @@ inline void paired_logits(const bf16* keys, int head_dim, const float* query, fl
     for (int v = 0; v < V; v++) store(out + h * stride + v * kLanes, even[h][v] + odd[h][v]);
 }
 
-// Logits of 16 tokens: as many sums at a time as a register has lanes, reduced together. H is 1, 2 or 4.
+// Logits of 16 tokens: as many sums at a time as a register has lanes, reduced together. H is 1, 2 or 4. Meanwhile their
+// values are fetched.
 template <int H, class T>
-inline void plain_logits(const T* keys, int head_dim, const float* query, float* out, long stride) {
+inline void plain_logits(const T* keys, const T* values, int head_dim, const float* query, float* out, long stride) {
   constexpr int kTokens = kPartLanes / H;
   for (int t = 0; t < kLanes; t += kTokens) {
+    fetch(values + row_at<T>(t, head_dim), row_at<T>(kTokens, head_dim));
     Part sums[kPartLanes] = {};
     for (int d = 0; d < head_dim; d += kPartLanes) {
       Part q[H];
       for (int h = 0; h < H; h++) q[h] = load_lanes<Part>(query + h * head_dim + d);
       for (int i = 0; i < kTokens; i++) {
-        const Part k = load_lanes<Part>(keys + (t + i) * head_dim + d);
+        const Part k = lanes_at<Part>(keys + row_at<T>(t + i, head_dim), d);
         for (int h = 0; h < H; h++) sums[h * kTokens + i] += k * q[h];
       }
     }
@@ -96,7 +107,8 @@ inline void tile_logits_of(const Tile<T>& tile, int width, int head_dim, const f
     else if constexpr (L == kKeyPairs)
       paired_logits<H, 1>(tile.keys + t * head_dim, head_dim, query, out + t, stride);
     else
-      plain_logits<H>(tile.keys + t * head_dim, head_dim, query, out + t, stride);
+      plain_logits<H>(tile.keys + row_at<T>(t, head_dim), tile.values + row_at<T>(t, head_dim), head_dim, query, out + t,
+                      stride);
   }
 }
 
@@ -115,22 +127,26 @@ inline void tile_logits(const Tile<T>& tile, int width, int head_dim, const floa
     tile_logits_of<L, 1>(tile, width, head_dim, query + h * head_dim, out + h * stride, stride);
 }
 
-// out [H, D] += weights [H, tokens] V for 16 * V dimensions from d on, over several tiles.
+// out [H, D] += weights [H, tokens] V for 16 * V dimensions from d on, over several tiles. Meanwhile the same part of the
+// keys of the tiles from `next` on is fetched, `left` of them.
 template <int H, int V, class T>
-inline void plain_values(const Tile<T>* tiles, int count, int width, int head_dim, int d, const float* weights,
-                         long stride, float* out) {
+inline void plain_values(const Tile<T>* tiles, int count, const Tile<T>* next, int left, int width, int head_dim, int d,
+                         const float* weights, long stride, float* out) {
   Floats sums[H][V];
   out += d;
   for (int h = 0; h < H; h++)
     for (int v = 0; v < V; v++) sums[h][v] = load(out + h * head_dim + v * kLanes);
-  for (int i = 0; i < count; i++, weights += width)
+  for (int i = 0; i < count; i++, weights += width) {
+    const T* ahead = i < left ? next[i].keys + row_at<T>(1, d) : nullptr;
     for (int t = tiles[i].first; t < tiles[i].last; t++) {
-      const T* row = tiles[i].values + long(t) * head_dim + d;
+      const T* row = tiles[i].values + row_at<T>(t, head_dim);
+      if (ahead) fetch(ahead + row_at<T>(t, head_dim), row_at<T>(1, V * kLanes));
       Floats value[V];
-      for (int v = 0; v < V; v++) value[v] = load(row + v * kLanes);
+      for (int v = 0; v < V; v++) value[v] = lanes_at<Floats>(row, d + v * kLanes);
       for (int h = 0; h < H; h++)
         for (int v = 0; v < V; v++) sums[h][v] += value[v] * weights[h * stride + t];
     }
+  }
   for (int h = 0; h < H; h++)
     for (int v = 0; v < V; v++) store(out + h * head_dim + v * kLanes, sums[h][v]);
 }
@@ -170,44 +186,68 @@ inline void paired_values(const Tile<bf16>* tiles, int count, int width, int hea
     for (int v = 0; v < V; v++) store(out + h * head_dim + v * kLanes, sums[h][v]);
 }
 
+// Tiles whose values are added, and those that come after them.
+template <class T>
+struct Run {
+  const Tile<T>*tiles, *next;
+  int count, left;
+};
+
 template <int L, int H, int V, class T>
-inline void values_of(const std::vector<Tile<T>>& tiles, int width, int head_dim, int d, const float* weights,
-                      long stride, float* out) {
+inline void values_of(const Run<T>& run, int width, int head_dim, int d, const float* weights, long stride, float* out) {
   if constexpr (L == kValuePlain)
-    plain_values<H, V>(tiles.data(), int(tiles.size()), width, head_dim, d, weights, stride, out);
+    plain_values<H, V>(run.tiles, run.count, run.next, run.left, width, head_dim, d, weights, stride, out);
   else
-    paired_values<H, V>(tiles.data(), int(tiles.size()), width, head_dim, d, weights, stride, out);
+    paired_values<H, V>(run.tiles, run.count, width, head_dim, d, weights, stride, out);
 }
 
 template <int L, int H, class T>
-inline void add_values_of(const std::vector<Tile<T>>& tiles, int width, int head_dim, const float* weights,
-                          long stride, float* out) {
+inline void add_values_of(const Run<T>& run, int width, int head_dim, const float* weights, long stride, float* out) {
   int d = 0;
   if constexpr (4 * H <= kValueSums)
     for (; d + 4 * kLanes <= head_dim; d += 4 * kLanes)
-      values_of<L, H, 4>(tiles, width, head_dim, d, weights, stride, out);
+      values_of<L, H, 4>(run, width, head_dim, d, weights, stride, out);
   if constexpr (2 * H <= kValueSums)
     for (; d + 2 * kLanes <= head_dim; d += 2 * kLanes)
-      values_of<L, H, 2>(tiles, width, head_dim, d, weights, stride, out);
-  for (; d < head_dim; d += kLanes) values_of<L, H, 1>(tiles, width, head_dim, d, weights, stride, out);
+      values_of<L, H, 2>(run, width, head_dim, d, weights, stride, out);
+  for (; d < head_dim; d += kLanes) values_of<L, H, 1>(run, width, head_dim, d, weights, stride, out);
 }
 
 template <int L, class T>
-inline void add_values(const std::vector<Tile<T>>& tiles, int width, int head_dim, const float* weights, int heads,
-                       long stride, float* out) {
+inline void add_values(Run<T> run, int width, int head_dim, const float* weights, int heads, long stride, float* out) {
   int h = 0;
-  for (; h + 4 <= heads; h += 4)
-    add_values_of<L, 4>(tiles, width, head_dim, weights + h * stride, stride, out + h * head_dim);
-  for (; h + 2 <= heads; h += 2)
-    add_values_of<L, 2>(tiles, width, head_dim, weights + h * stride, stride, out + h * head_dim);
-  for (; h < heads; h++)
-    add_values_of<L, 1>(tiles, width, head_dim, weights + h * stride, stride, out + h * head_dim);
+  for (; h + 4 <= heads; h += 4, run.left = 0)
+    add_values_of<L, 4>(run, width, head_dim, weights + h * stride, stride, out + h * head_dim);
+  for (; h + 2 <= heads; h += 2, run.left = 0)
+    add_values_of<L, 2>(run, width, head_dim, weights + h * stride, stride, out + h * head_dim);
+  for (; h < heads; h++, run.left = 0)
+    add_values_of<L, 1>(run, width, head_dim, weights + h * stride, stride, out + h * head_dim);
+}
+
+// A head's softmax over what was summed so far: logits' maximum, and the sum of their exponentials relative to it.
+struct Softmax {
+  float top = -kInf, total = 0;
+
+  // The maximum becomes at least `found`; returns what is left of everything that was summed relative to the old one.
+  float raise(float found) {
+    if (found <= top) return 1;
+    const float shrink = top == -kInf ? 1 : std::exp(top - found);
+    top = found, total *= shrink;
+    return shrink;
+  }
+  float lse() const { return total > 0 ? top + std::log(total) : -kInf; }
+  float share() const { return total > 0 ? 1 / total : 0; }
+};
+
+inline void scale_by(float factor, float* out, int count) {
+  for (int i = 0; i < count; i++) out[i] *= factor;
 }
 
 // What an Attention works in; a thread keeps one and uses it again.
 template <class T>
 struct Workspace {
-  std::vector<float> weights, top, total;
+  std::vector<float> weights;
+  std::vector<Softmax> sums;
   std::vector<Tile<T>> tiles;
 };
 
@@ -215,10 +255,9 @@ struct Workspace {
 template <class T>
 class Attention {
  public:
-  // query: [heads, D] fp32; out: [heads, D], lse: [heads], complete after finish(). width: tokens of a tile; at_once:
-  // tokens after which the tiles that were added are no longer needed.
+  // query: [heads, D] fp32; out: [heads, D], lse: [heads], complete after finish(). width: tokens of a tile.
   Attention(Workspace<T>& space, const float* query, int heads, int head_dim, float scale, int width, float* out,
-            float* lse, int at_once = kChunkTokens)
+            float* lse)
       : query_(query),
         heads_(heads),
         head_dim_(head_dim),
@@ -227,46 +266,46 @@ class Attention {
         out_(out),
         lse_(lse),
         weights_(space.weights),
-        top_(space.top),
-        total_(space.total),
+        sums_(space.sums),
         tiles_(space.tiles) {
+    const int at_once = int(std::min<long>(kChunkTokens, kChunkBytes / (head_dim * sizeof(T))));
     per_chunk_ = std::max(1, at_once / width);
     stride_ = long(per_chunk_) * width;
     if (long(weights_.size()) < heads * stride_) weights_.resize(heads * stride_);
-    top_.assign(heads, -kInf);
-    total_.assign(heads, 0.0f);
+    sums_.assign(heads, Softmax{});
     tiles_.clear();
     std::fill(out, out + heads * head_dim, 0.0f);
   }
 
-  template <int K, int V>
-  void add(const Tile<T>& tile) {
-    tiles_.push_back(tile);
-    if (int(tiles_.size()) == per_chunk_) flush<K, V>();
-  }
+  void add(const Tile<T>& tile) { tiles_.push_back(tile); }
 
   template <int K, int V>
   void finish() {
-    flush<K, V>();
+    const int all = int(tiles_.size());
+    for (int first = 0; first < all; first += per_chunk_) {
+      const int end = std::min(all, first + per_chunk_);
+      attend<K, V>({tiles_.data() + first, tiles_.data() + end, end - first, all - end}, first == 0);
+    }
     for (int h = 0; h < heads_; h++) {
-      lse_[h] = total_[h] > 0 ? top_[h] + std::log(total_[h]) : -kInf;
-      const float share = total_[h] > 0 ? 1.0f / total_[h] : 0.0f;
-      for (int d = 0; d < head_dim_; d++) out_[h * head_dim_ + d] *= share;
+      lse_[h] = sums_[h].lse();
+      scale_by(sums_[h].share(), out_ + h * head_dim_, head_dim_);
     }
   }
 
  private:
   template <int K, int V>
-  void flush() {
-    if (tiles_.empty()) return;
-    for (size_t i = 0; i < tiles_.size(); i++) {
-      if (i + kAhead < tiles_.size()) prefetch(tiles_[i + kAhead].keys);
-      prefetch(tiles_[i].values);
-      tile_logits<K>(tiles_[i], width_, head_dim_, query_, heads_, weights_.data() + i * width_, stride_);
+  void attend(const Run<T>& run, bool is_first) {
+    for (int i = 0; i < run.count; i++) {
+      if constexpr (K == kKeyPlain) {
+        if (is_first && i + kAhead < run.count) prefetch(run.tiles[i + kAhead].keys);
+      } else {
+        if (i + kAhead < run.count) prefetch(run.tiles[i + kAhead].keys);
+        prefetch(run.tiles[i].values);
+      }
+      tile_logits<K>(run.tiles[i], width_, head_dim_, query_, heads_, weights_.data() + i * width_, stride_);
     }
-    for (int h = 0; h < heads_; h++) softmax(h, weights_.data() + h * stride_);
-    add_values<V>(tiles_, width_, head_dim_, weights_.data(), heads_, stride_, out_);
-    tiles_.clear();
+    for (int h = 0; h < heads_; h++) softmax(run, h, weights_.data() + h * stride_);
+    add_values<V>(run, width_, head_dim_, weights_.data(), heads_, stride_, out_);
   }
 
   // The keys or values of a tile: the hardware does not foresee where the next tile lies.
@@ -276,32 +315,27 @@ class Attention {
   }
 
   // Logits of the chunk become weights relative to the new maximum; what was summed before is rescaled to it.
-  void softmax(int head, float* weights) {
+  void softmax(const Run<T>& run, int head, float* weights) {
     Floats tops = broadcast(-kInf);
-    for (size_t i = 0; i < tiles_.size(); i++)
-      for (int t = tiles_[i].first / kLanes * kLanes; t < tiles_[i].last; t += kLanes) {
+    for (int i = 0; i < run.count; i++)
+      for (int t = run.tiles[i].first / kLanes * kLanes; t < run.tiles[i].last; t += kLanes) {
         float* at = weights + i * width_ + t;
-        const Floats logits = keep(load(at) * scale_, tiles_[i].first - t, tiles_[i].last - t);
+        const Floats logits = keep(load(at) * scale_, run.tiles[i].first - t, run.tiles[i].last - t);
         store(at, logits);
         tops = max(tops, logits);
       }
-    const float top = std::max(top_[head], maximum(tops));
+    const float shrink = sums_[head].raise(maximum(tops)), top = sums_[head].top;
     if (top == -kInf) return;
-    if (top_[head] != top && top_[head] != -kInf) {
-      const float shrink = std::exp(top_[head] - top);
-      total_[head] *= shrink;
-      for (int d = 0; d < head_dim_; d++) out_[head * head_dim_ + d] *= shrink;
-    }
-    top_[head] = top;
+    if (shrink != 1) scale_by(shrink, out_ + head * head_dim_, head_dim_);
     Floats totals = {};
-    for (size_t i = 0; i < tiles_.size(); i++)
-      for (int t = tiles_[i].first / kLanes * kLanes; t < tiles_[i].last; t += kLanes) {
+    for (int i = 0; i < run.count; i++)
+      for (int t = run.tiles[i].first / kLanes * kLanes; t < run.tiles[i].last; t += kLanes) {
         float* at = weights + i * width_ + t;
         const Floats weight = exp_nonpositive(load(at) - top);
         store(at, weight);
         totals += weight;
       }
-    total_[head] += sum(totals);
+    sums_[head].total += sum(totals);
   }
 
   const float* query_;
@@ -310,7 +344,8 @@ class Attention {
   int width_, per_chunk_;
   long stride_;
   float *out_, *lse_;
-  std::vector<float>&weights_, &top_, &total_;
+  std::vector<float>& weights_;
+  std::vector<Softmax>& sums_;
   std::vector<Tile<T>>& tiles_;
 };
 

@@ -1,18 +1,13 @@
-// Evicted KV as codecs store it, decoded page by page. The layout is cache/codecs/grouped.py's.
+// How codecs store evicted KV. The layout is cache/codecs/grouped.py's.
 #pragma once
 
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
-#include <vector>
-
 #include "simd.h"
 
 namespace calidrop {
-
-constexpr int kCodedTokens = 16;       // of a page
-constexpr int64_t kDecodedPages = 8;   // of a run that are held decoded at once
 
 // The fields, their order and their types are those of native/codecs.py::Layout. All but the first are 0 for none.
 struct CodecLayout {
@@ -41,107 +36,82 @@ inline PartWords codes_at(const uint8_t* from) {
       std::memcpy(&word, from, BITS * kPartLanes / 8);
       words = PartWords{} + word;
     } else {
+      static_assert(kPartLanes == 2 * kPerWord);
+#if defined(__AVX512F__)
+      words = (PartWords)_mm512_mask_set1_epi32(_mm512_set1_epi32(load_as<int32_t>(from)), 0xff00, load_as<int32_t>(from + 4));
+#else
       for (int i = 0; i < kPartLanes; i++) words[i] = load_as<uint32_t>(from + i / kPerWord * 4);
+#endif
     }
     return words >> shifts & ((1u << BITS) - 1);
   }
 }
 
-// What integer codes of BITS bits, or codes of e4m3, stand for before offset and scale.
+// Tokens' codes as elements of a tile (attend.h), one struct a byte. A code stands for offset + scale * (kUnit * lane -
+// kMiddle): what is the same for all codes is left to those who multiply.
 template <int BITS>
-inline Part integers(PartWords codes) {
-  return __builtin_convertvector((PartInts)codes, Part) - float((1 << BITS) - 1) / 2;
-}
-inline Part e4m3(PartWords codes) {
-  const Part normal = (Part)(((codes & 0x7f) << 20) + (120u << 23));
-  const Part number = (codes & 0x78) == 0 ? (normal - 0x1p-7f) * 2.0f : normal;
-  return (Part)((PartWords)number | (codes & 0x80) << 24);
-}
-
-inline Part load_part(const float* from) { return load_as<Part>(from); }
-
-// Decodes pages of one KV head's blocks; keeps what it knows of the last group.
-template <class T>
-class PageDecoder {
- public:
-  PageDecoder(const CodecLayout& layout, int head_dim)
-      : layout_(layout), head_dim_(head_dim), offset_(head_dim), scale_(head_dim) {}
-
-  // keys, values: [16, D]. page: its number inside the block.
-  void decode(const uint8_t* block, int64_t page, float* keys, float* values) {
-    const uint8_t* group = block + page / layout_.pages_per_group * layout_.group_bytes;
-    const int64_t within = page % layout_.pages_per_group;
-    const uint8_t* codes = group + layout_.head_bytes + within * layout_.page_bytes;
-    if (group != group_) read_head(group);
-    if (layout_.is_float)
-      decode_codes<8, true>(codes, keys, values);
-    else if (layout_.bits == 8)
-      decode_codes<8, false>(codes, keys, values);
-    else if (layout_.bits == 4)
-      decode_codes<4, false>(codes, keys, values);
-    else
-      decode_codes<2, false>(codes, keys, values);
-    put_outliers(group, within * kCodedTokens, keys, values);
+struct Codes {
+  static constexpr int kBits = BITS;
+  static constexpr float kUnit = 1, kMiddle = -0.5f;
+  uint8_t byte;
+  // Close to zero, so that sums of them lose nothing. 2^23 + code has the code in its last bits.
+  static Part lanes(const uint8_t* from) {
+    return (Part)(codes_at<BITS>(from) | 0x4b000000u) - (0x1p23f + float(1 << (BITS - 1)));
   }
-
- private:
-  static float number(const uint8_t* from) { return to_float(load_as<bf16>(from)); }
-
-  void read_head(const uint8_t* group) {
-    for (int d = 0; d < head_dim_; d++) {
-      offset_[d] = number(group + 2 * d);
-      scale_[d] = number(group + 2 * (head_dim_ + d));
-    }
-    group_ = group;
-  }
-
-  template <int BITS, bool FLOAT>
-  void decode_codes(const uint8_t* codes, float* keys, float* values) {
-    const uint8_t* of_values = codes + kCodedTokens * layout_.code_bytes;
-    const uint8_t* meta = of_values + kCodedTokens * layout_.code_bytes;
-    const uint8_t* gains = meta + kCodedTokens * 4;
-    for (int t = 0; t < kCodedTokens; t++) {
-      const uint8_t* k = codes + t * layout_.code_bytes;
-      const uint8_t* v = of_values + t * layout_.code_bytes;
-      const float gain = layout_.gains ? number(gains + 2 * t) : 1.0f;
-      const float offset = number(meta + 4 * t), scale = number(meta + 4 * t + 2);
-      for (int d = 0; d < head_dim_; d += kPartLanes) {
-        const Part key = numbers<BITS, FLOAT>(k + d * BITS / 8), value = numbers<BITS, FLOAT>(v + d * BITS / 8);
-        put(keys + t * head_dim_ + d, load_part(scale_.data() + d) * key * gain + load_part(offset_.data() + d));
-        put(values + t * head_dim_ + d, value * scale + offset);
-      }
-    }
-  }
-
-  template <int BITS, bool FLOAT>
-  static Part numbers(const uint8_t* from) {
-    if constexpr (FLOAT)
-      return e4m3(codes_at<BITS>(from));
-    else
-      return integers<BITS>(codes_at<BITS>(from));
-  }
-
-  static void put(float* to, Part v) { std::memcpy(to, &v, sizeof(v)); }
-
-  // The outlier tokens among the group's tokens [first, first + 16), exact.
-  void put_outliers(const uint8_t* group, int64_t first, float* keys, float* values) {
-    const uint8_t* positions = group + 4 * head_dim_;
-    const uint8_t* exact = positions + layout_.position_bytes;
-    for (int64_t i = 0; i < layout_.outliers; i++) {
-      const int64_t t = positions[i] - first;
-      if (t < 0 || t >= kCodedTokens) continue;
-      const uint8_t* key = exact + i * 2 * head_dim_ * sizeof(T);
-      for (int d = 0; d < head_dim_; d++) {
-        keys[t * head_dim_ + d] = to_float(load_as<T>(key + d * sizeof(T)));
-        values[t * head_dim_ + d] = to_float(load_as<T>(key + (head_dim_ + d) * sizeof(T)));
-      }
-    }
-  }
-
-  const CodecLayout& layout_;
-  int head_dim_;
-  std::vector<float> offset_, scale_;
-  const uint8_t* group_ = nullptr;
 };
+
+// e4m3: the bits of a half-precision number that is 256 times smaller, subnormal ones included.
+struct FloatCodes {
+  static constexpr int kBits = 8;
+  static constexpr float kUnit = 256, kMiddle = 0;
+  uint8_t byte;
+  static Part lanes(const uint8_t* from) {
+#if defined(__AVX512F__)
+    const __m256i codes = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)from));
+    const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(0x80)), 8);
+    const __m256i rest = _mm256_slli_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(0x7f)), 7);
+    return (Part)_mm512_cvtph_ps(_mm256_or_si256(sign, rest));
+#elif defined(__AVX2__) && defined(__F16C__)
+    const __m128i codes = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)from));
+    const __m128i sign = _mm_slli_epi16(_mm_and_si128(codes, _mm_set1_epi16(0x80)), 8);
+    const __m128i rest = _mm_slli_epi16(_mm_and_si128(codes, _mm_set1_epi16(0x7f)), 7);
+    return (Part)_mm256_cvtph_ps(_mm_or_si128(sign, rest));
+#else
+    const PartWords codes = codes_at<8>(from);
+    const Part normal = (Part)(((codes & 0x7f) << 20) + (112u << 23));
+    const Part number = (codes & 0x78) == 0 ? (normal - 0x1p-15f) * 2.0f : normal;
+    return (Part)((PartWords)number | (codes & 0x80) << 24);
+#endif
+  }
+};
+
+template <class E>
+inline constexpr auto kIsCode = false;
+template <int BITS>
+inline constexpr auto kIsCode<Codes<BITS>> = true;
+template <>
+inline constexpr auto kIsCode<FloatCodes> = true;
+
+// The place of a token's row, in elements from the first token's: of codes those are bytes.
+template <class E>
+inline long row_at(long token, int head_dim) {
+  if constexpr (kIsCode<E>)
+    return token * (head_dim * E::kBits / 8);
+  else
+    return token * head_dim;
+}
+
+// V lanes of a row, from dimension d on (a multiple of the lanes).
+template <class V, class E>
+inline V lanes_at(const E* row, int d) {
+  if constexpr (!kIsCode<E>) {
+    return load_lanes<V>(row + d);
+  } else if constexpr (kIsPair<V>) {
+    typedef decltype(V::lo) Half;
+    return {lanes_at<Half>(row, d), lanes_at<Half>(row, d + int(sizeof(Half) / sizeof(float)))};
+  } else {
+    return E::lanes((const uint8_t*)row + d * E::kBits / 8);
+  }
+}
 
 }  // namespace calidrop

@@ -2,7 +2,7 @@
 // The meaning is ops/cpu.py's; the arithmetic of the gate is calibration.py's.
 
 #include "attend.h"
-#include "codecs.h"
+#include "encoded.h"
 
 namespace calidrop {
 namespace {
@@ -70,13 +70,11 @@ struct Scratch {
         renewed_lse(a.group),
         rho(a.group),
         recompute(a.group),
-        merge(a.group),
-        decoded(a.codec ? kDecodedPages * 2 * kPageTokens * a.head_dim : 0) {}
+        merge(a.group) {}
   std::vector<float> query, out, asked, renewed, lse, renewed_lse, rho;
   std::vector<char> recompute, merge;
-  std::vector<float> decoded;
   Workspace<T> space;
-  Workspace<float> decoded_space;
+  EncodedSpace encoded;
 };
 
 template <class T>
@@ -113,7 +111,7 @@ void attend_kept(const Arguments& a, int64_t row, int64_t kv_head, Scratch<T>& s
   for (int64_t column = start / width; column * width < end; column++) {
     const T* keys = (const T*)a.cache + blocks[column] * a.block_stride + kv_head * a.head_stride;
     const int64_t base = column * width;
-    attention.template add<K, V>({keys, keys + long(width) * head_dim, int(std::max<int64_t>(start - base, 0)),
+    attention.add({keys, keys + long(width) * head_dim, int(std::max<int64_t>(start - base, 0)),
                                   int(std::min<int64_t>(end - base, width))});
   }
   attention.template finish<K, V>();
@@ -131,32 +129,27 @@ void attend_evicted(const Arguments& a, int64_t index, int64_t kv_head, int head
     const int64_t page = first / kPageTokens, block = blocks[page / a.pages_per_block];
     const T* keys = (const T*)a.pages +
                     ((block * a.kv_heads + kv_head) * a.pages_per_block + page % a.pages_per_block) * page_elements;
-    attention.template add<kKeyPlain, kValuePlain>(
+    attention.add(
         {keys, keys + kPageTokens * head_dim, 0, int(std::min<int64_t>(stored - first, kPageTokens))});
   }
   attention.template finish<kKeyPlain, kValuePlain>();
 }
 
-// The same of encoded tokens: some pages at a time are decoded and attended.
+// The same of encoded tokens, group by group.
 template <class T>
 void attend_encoded(const Arguments& a, int64_t index, int64_t kv_head, int heads, Scratch<T>& s) {
-  const int head_dim = int(a.head_dim);
-  const int64_t stored = a.stored[index], page_elements = 2 * kPageTokens * head_dim;
-  const int64_t* blocks = a.swap_blocks + index * a.swap_stride;
   const CodecLayout& layout = a.codecs[a.codec[index]];
-  PageDecoder<T> decoder(layout, head_dim);
-  Attention<float> attention(s.decoded_space, s.asked.data(), heads, head_dim, float(a.scale), kPageTokens,
-                             s.renewed.data(), s.renewed_lse.data(), kDecodedPages * kPageTokens);
-  for (int64_t first = 0; first < stored; first += kPageTokens) {
-    const int64_t page = first / kPageTokens, block = blocks[page / layout.pages_per_block];
-    float* keys = s.decoded.data() + page % kDecodedPages * page_elements;
-    float* values = keys + kPageTokens * head_dim;
-    decoder.decode((const uint8_t*)a.pages + (block * a.kv_heads + kv_head) * a.block_bytes,
-                   page % layout.pages_per_block, keys, values);
-    attention.template add<kKeyPlain, kValuePlain>(
-        {keys, values, 0, int(std::min<int64_t>(stored - first, kPageTokens))});
+  const int64_t* blocks = a.swap_blocks + index * a.swap_stride;
+  s.encoded.groups.clear();
+  for (int64_t first = 0, pages; first < a.stored[index]; first += pages * kPageTokens) {
+    const int64_t block = first / kPageTokens / layout.pages_per_block, page = first / kPageTokens % layout.pages_per_block;
+    const uint8_t* at = (const uint8_t*)a.pages + (blocks[block] * a.kv_heads + kv_head) * a.block_bytes;
+    pages = std::min(layout.pages_per_group, layout.pages_per_block - page);
+    s.encoded.groups.push_back({at + page / layout.pages_per_group * layout.group_bytes,
+                                int(std::min(a.stored[index] - first, pages * kPageTokens))});
   }
-  attention.template finish<kKeyPlain, kValuePlain>();
+  attend_encoded<T>(s.encoded, layout, s.encoded.groups, s.asked.data(), heads, int(a.head_dim), float(a.scale),
+                    s.renewed.data(), s.renewed_lse.data());
 }
 
 template <class T>

@@ -141,7 +141,7 @@ class Recall {
     bool any = false;
     for (int j = 0; j < size_; j++)
       if (s_.held[j] != kEmpty) {
-        attention.template add<kKeyPlain, kValuePlain>(tile(buffered_page(j), s_.held[j]));
+        attention.add(tile(buffered_page(j), s_.held[j]));
         any = true;
       }
     if (any) attention.template finish<kKeyPlain, kValuePlain>();
@@ -167,7 +167,7 @@ class Recall {
     int64_t read = 0;
     for (const int64_t page : wanted)
       if (std::find(s_.held.begin(), held_end, page) == held_end) {
-        attention.template add<kKeyPlain, kValuePlain>(tile(swapped_page(page), page));
+        attention.add(tile(swapped_page(page), page));
         read++;
       }
     attention.template finish<kKeyPlain, kValuePlain>();

@@ -4,7 +4,7 @@
 // So sixteen floats are one register where the CPU has such, and pairs of registers elsewhere.
 #pragma once
 
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -90,6 +90,17 @@ inline V load_as(const void* from) {
   return v;
 }
 
+// Halfwords of a register's lanes, widened. GCC puts its own conversion together from halves.
+inline PartWords load_halfwords(const void* from) {
+#if defined(__AVX512F__)
+  return (PartWords)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+#elif defined(__AVX2__)
+  return (PartWords)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from));
+#else
+  return __builtin_convertvector(load_as<PartHalfwords>(from), PartWords);
+#endif
+}
+
 // V lanes from consecutive elements of T.
 template <class V, class T>
 inline V load_lanes(const T* from) {
@@ -99,9 +110,13 @@ inline V load_lanes(const T* from) {
   } else if constexpr (std::is_same_v<T, float>) {
     return load_as<V>(from);
   } else if constexpr (std::is_same_v<T, bf16>) {
-    return (Part)(__builtin_convertvector(load_as<PartHalfwords>(from), PartWords) << 16);
+    return (Part)(load_halfwords(from) << 16);
   } else {
-#if CALIDROP_HAS_FP16
+#if defined(__AVX512F__)
+    return (Part)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+#elif defined(__F16C__)
+    return (Part)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+#elif CALIDROP_HAS_FP16
     return __builtin_convertvector(load_as<PartFp16s>(from), Part);
 #endif
   }
