@@ -70,9 +70,9 @@ class StateTable:
     def refuse(self, layer: int, slot: int, heads: Tensor) -> None:
         """KV heads bool [H] that have no evicted KV to read: a query of NaN is similar to none and unlike none, so
         the gate neither recomputes nor merges."""
-        self.query[layer, slot, heads] = torch.nan
-        self.out[layer, slot, heads] = 0
-        self.lse[layer, slot, heads] = -torch.inf
+        self.query[layer, slot].masked_fill_(heads[:, None, None], torch.nan)
+        self.out[layer, slot].masked_fill_(heads[:, None, None], 0)
+        self.lse[layer, slot].masked_fill_(heads[:, None], -torch.inf)
         self.counts[slot, layer, NONFINITE] += heads.sum()
 
     def count_recall(

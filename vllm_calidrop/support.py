@@ -66,25 +66,26 @@ def refuse_platform() -> None:
     )
 
 
-# What a request may not ask for on CUDA, where everything is done by kernels: the values that are there yet.
-CUDA_VALUES: dict[str, tuple[Any, ...]] = {
-    "kv_recall": ("all",),
-    "kv_codec": ("none",),
-    "kv_read_budget": (None,),
-}
+# What a request may ask for on CUDA, where everything is done by kernels: the values that are there yet.
+CUDA_VALUES: dict[str, tuple[Any, ...]] = {"kv_recall": ("all",)}
+# The same where the decode step is xFormers'.
+XFORMERS_VALUES: dict[str, tuple[Any, ...]] = {**CUDA_VALUES, "kv_codec": ("none",), "kv_read_budget": (None,)}
 
 
 def refuse_settings(settings: RequestSettings) -> None:
     """Raise SettingsError, naming the field, for a request whose settings this platform has no kernels for."""
+    from vllm_calidrop.attention.ops import gpu
     from vllm_calidrop.flavour import uses_cuda_flavour
     from vllm_calidrop.settings import SettingsError
 
     if not settings.calibrates or not uses_cuda_flavour():
         return
-    for name, values in CUDA_VALUES.items():
+    by_xformers = gpu.choice() == "xformers"
+    for name, values in (XFORMERS_VALUES if by_xformers else CUDA_VALUES).items():
         value = getattr(settings, name, values[0])
         if value not in values:
-            raise SettingsError(f"{name} ({value}) is not supported on CUDA yet", name, value=value)
+            where = f"with {gpu.CHOICE_VARIABLE}=xformers" if by_xformers else "on CUDA yet"
+            raise SettingsError(f"{name} ({value}) is not supported {where}", name, value=value)
 
 
 def refuse_scheduler(scheduler: type) -> None:

@@ -74,7 +74,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         decodes = ((2, 40),) if toy else ((1, 8192), (8, 1024), (64, 256), (64, 1024), (16, 32768))
         reloads = ((1, 300),) if toy else ((1, 8192), (8, 8192), (1, 131072), (64, 8192))
         rows = [bandwidth.decode_bandwidth(shape, *size, *kind, repeats) for size in decodes]
-        rows += [bandwidth.reload_bandwidth(shape, *size, *kind, repeats) for size in reloads]
+        codecs = ("none", "int4") if toy else ("none", "fp8", "int8", "int4", "int2")
+        rows += [
+            bandwidth.reload_bandwidth(shape, *size, *kind, repeats, codec) for size in reloads for codec in codecs
+        ]
         found["bandwidth"] = table("bandwidth", iter(rows))
     if "step" in options.parts:
         sizes = ((2, 20, 40),) if toy else ((1, 128, 8064), (64, 512, 7680), (256, 1024, 1024))

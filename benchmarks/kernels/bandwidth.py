@@ -11,6 +11,7 @@ from benchmarks.kernels.device import seconds
 from benchmarks.kernels.resources import ModelShape
 from benchmarks.kernels.workload import Limits
 from vllm_calidrop.attention.ops import triton as ops
+from vllm_calidrop.cache.codecs import codec_of, number_of
 
 DECODE_GOAL, RELOAD_GOAL = 0.85, 0.9
 
@@ -34,21 +35,24 @@ def decode_bandwidth(
 
 
 def reload_bandwidth(
-    shape: ModelShape, batch: int, evicted: int, device: torch.device, dtype: torch.dtype, limits: Limits, repeats: int
-) -> dict[str, Any]:
-    """(b) alone, every row recomputing; bytes are the evicted K and V, from pinned memory in both cases."""
+    shape: ModelShape, batch: int, evicted: int, device: torch.device, dtype: torch.dtype, limits: Limits, repeats: int,
+    codec: str = "none",
+) -> dict[str, Any]:  # fmt: skip
+    """(b) or (b') alone, every row recomputing; bytes are the evicted K and V as stored, from pinned memory in both
+    cases. With a codec the pool's numbers are read as codes: what they mean does not matter here."""
     work = workload.make(shape, batch, 1, evicted, device, dtype, limits)
     work.recompute(batch)
+    work.sequences.codec.fill_(number_of(codec))
+    size = batch * shape.kv_heads * codec_of(codec, shape.head_dim, dtype).run_bytes(evicted)
+    reload = ops.reload_evicted if codec == "none" else ops.reload_encoded
     ops.decode_kept(work.query, work.cache, work.rows, work.sequences, work.state, work.scratch, work.scale)
     target = torch.empty_like(work.host_pages, device=device)
     copy_time = seconds(lambda: target.copy_(work.host_pages, non_blocking=True), device, repeats)
     copy = work.host_pages.numel() * work.host_pages.itemsize / copy_time
     time = seconds(
-        lambda: ops.reload_evicted(work.query, work.pages, work.rows, work.sequences, work.scratch, work.scale),
-        device,
-        repeats,
+        lambda: reload(work.query, work.pages, work.rows, work.sequences, work.scratch, work.scale), device, repeats
     )
-    return _row("reload", batch, evicted, work.evicted_bytes, time, copy, RELOAD_GOAL)
+    return _row("reload" if codec == "none" else f"reload {codec}", batch, evicted, size, time, copy, RELOAD_GOAL)
 
 
 def _row(kernel: str, batch: int, tokens: int, size: int, time: float, copy: float, goal: float) -> dict[str, Any]:

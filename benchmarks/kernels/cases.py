@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vllm_calidrop.attention.ops.gpu import DecodeStep
 from vllm_calidrop.attention.ops.triton import (
+    NO_BUDGET,
     KVCache,
     Rows,
     Scratch,
@@ -22,7 +23,8 @@ from vllm_calidrop.attention.ops.triton import (
     State,
     decode_step,
 )
-from vllm_calidrop.cache.layout import SWAP_BLOCK_TOKENS
+from vllm_calidrop.cache.codecs import codec_of, number_of
+from vllm_calidrop.cache.codecs.layout import layout_table
 from vllm_calidrop.cache.swap import SwapPool
 from vllm_calidrop.calibration import AttentionState, Gate, attention_state, cosine, decide, merge_states
 from vllm_calidrop.records import COUNTERS
@@ -58,7 +60,7 @@ class Shape(NamedTuple):
 
 
 class Row(NamedTuple):
-    """end = 0: padding. plain: a row of plain vLLM. near: how alike old and new queries are."""
+    """end = 0: padding. plain: a row of plain vLLM. near: how alike old and new queries are. most_reads: None: all."""
 
     end: int
     start: int = 0
@@ -68,6 +70,8 @@ class Row(NamedTuple):
     theta2: float = 0.85
     gate: int = 0
     near: float = 1.0
+    codec: str = "none"
+    most_reads: int | None = None
 
 
 # Around the edges of blocks (16), tiles (64, 32), swap pages (16) and swap blocks (128).
@@ -122,13 +126,13 @@ def make(shape: Shape, given: list[Row], seed: int = 0) -> Case:
     table = torch.full((num_rows, columns + 3), STRANGE, dtype=torch.int32)
     slots = torch.randperm(num_slots)[:num_rows].int()
     tokens = torch.randperm(num_rows + 1)[:num_rows].int()
-    widths = [-(-row.stored // SWAP_BLOCK_TOKENS) for row in given]
+    widths = [codec_of(row.codec, head_dim, dtype).blocks_for(row.stored) for row in given]
     swap = torch.full((num_slots, max(1, *widths) + 1), STRANGE, dtype=torch.int32)
     swap_free = iter(torch.randperm(sum(widths) + 1).tolist())
     pool = SwapPool(LAYERS, sum(widths) + 1, kv_heads, head_dim, dtype)
     pool.pages.fill_(torch.nan)
     states = StateTable(LAYERS, num_slots, kv_heads, group, head_dim, dtype)
-    start, stored, gate = (torch.full((num_slots,), -7, dtype=torch.int32) for _ in range(3))
+    start, stored, gate, codec, most = (torch.full((num_slots,), -7, dtype=torch.int32) for _ in range(5))
     theta1, theta2 = torch.full((2, num_slots), torch.nan)
     query = torch.randn((num_rows + 1, kv_heads * group, head_dim)).to(dtype)
     scale, kept = head_dim**-0.5, []
@@ -153,16 +157,18 @@ def make(shape: Shape, given: list[Row], seed: int = 0) -> Case:
             continue
         start[slot], stored[slot], gate[slot] = row.start, row.stored, row.gate
         theta1[slot], theta2[slot] = row.theta1, row.theta2
+        codec[slot] = number_of(row.codec)
+        most[slot] = NO_BUDGET if row.most_reads is None else row.most_reads
         if row.stored:
             ids = torch.tensor([next(swap_free) for _ in range(widths[index])])
             swap[slot, : len(ids)] = ids
             keys, values = torch.randn((2, kv_heads, row.stored, head_dim)).to(dtype)
-            pool.write(LAYER, ids, keys, values)
+            pool.write(LAYER, ids, keys, values, row.codec)
             new = query[token].view(kv_heads, group, head_dim).float()
             old = (new + torch.randn_like(new) * torch.rand((kv_heads, group, 1)) * row.near).to(dtype)
             states.put(LAYER, slot, old, attention_state(old, keys, values, scale))
     rows = Rows(slots, tokens, torch.tensor([row.end for row in given], dtype=torch.int32), table)
-    sequences = Sequences(start, stored, theta1, theta2, gate, swap)
+    sequences = Sequences(start, stored, theta1, theta2, gate, swap, codec, most, layout_table(head_dim, dtype))
     return Case(shape, query, cache, pool, rows, sequences, states, kept, scale)
 
 
@@ -193,16 +199,19 @@ class Result(NamedTuple):
     table: StateTable
 
 
-def dirty_scratch(rows: int, heads: int, head_dim: int, splits: int, device: torch.device | str = "cpu") -> Scratch:
+def dirty_scratch(
+    rows: int, heads: int, kv_heads: int, head_dim: int, splits: int, device: torch.device | str = "cpu"
+) -> Scratch:
     states = [torch.full((rows, heads, splits, *rest), torch.nan, device=device) for rest in ((head_dim,), ()) * 2]
-    return Scratch(*states, torch.full((rows, heads), 77, dtype=torch.int32, device=device))
+    decision = torch.full((rows, heads), 77, dtype=torch.int32, device=device)
+    return Scratch(*states, decision, torch.full((rows, kv_heads), torch.nan, device=device))
 
 
 def run(case: Case, splits: int = 2, step: DecodeStep = decode_step) -> Result:
     """Through the kernels, on the case's device; scratch and answer are dirty before."""
     kv_heads, group, head_dim = case.shape[:3]
     num_rows, device = len(case.rows.slot), case.query.device
-    scratch = dirty_scratch(num_rows, kv_heads * group, head_dim, splits, device)
+    scratch = dirty_scratch(num_rows, kv_heads * group, kv_heads, head_dim, splits, device)
     table = copy_of(case.table, device)
     out = torch.full_like(case.query, torch.inf, dtype=torch.float32)
     lse = torch.full((num_rows, kv_heads * group), torch.inf, device=device)
@@ -237,12 +246,14 @@ def _calibrated(
 ) -> AttentionState:
     sequences, slots = case.sequences, torch.tensor([slot])
     rho = cosine(query, table.query[LAYER, slot])[None]
-    decision = decide(rho, sequences.theta1[slots], sequences.theta2[slots], sequences.gate[slots])
+    thetas = (sequences.theta1[slots], sequences.theta2[slots])
+    decision = decide(rho, *thetas, sequences.gate[slots], sequences.most_reads[slots])
     table.count(LAYER, slots, decision)
     recompute, merge = decision.recompute[0], decision.merge[0]
-    ids = sequences.swap_blocks[slot, : -(-stored // SWAP_BLOCK_TOKENS)].long()
+    codec = int(sequences.codec[slot])
+    ids = sequences.swap_blocks[slot, : case.pool.codecs[codec].blocks_for(stored)].long()
     heads = torch.arange(case.shape.kv_heads)
-    keys, values = case.pool.read(LAYER, ids.expand(len(heads), -1), heads)
+    keys, values = case.pool.read(LAYER, ids.expand(len(heads), -1), heads, codec)
     fresh = attend(query, keys[:, :stored], values[:, :stored], case.scale)
     table.query[LAYER, slot][recompute] = query[recompute]
     table.out[LAYER, slot][recompute] = fresh.out[recompute].float()

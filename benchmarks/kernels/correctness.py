@@ -22,6 +22,7 @@ from benchmarks.kernels.cases import (
 )
 from benchmarks.kernels.prompts import Prompt
 from vllm_calidrop.attention.ops import triton as ops
+from vllm_calidrop.cache.codecs import NAMES
 from vllm_calidrop.cache.layout import PAGE_TOKENS, swap_blocks_for
 from vllm_calidrop.cache.swap import SwapPool
 from vllm_calidrop.calibration import Gate
@@ -32,6 +33,12 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 LONG = [Row(end, start, stored, gate=gate) for end, start, stored, gate in (
     (1300, 20, 5000, Gate.GROUP), (257, 1, 130, Gate.HEAD), (4096, 4000, 8191, Gate.GROUP_MEAN), (2000, 1999, 1, 0),
 )] + [Row(3000, plain=True), Row(0)]  # fmt: skip
+# Everybody reads, or as many as the read budget lets.
+CODED = [
+    Row(300, 20, stored, theta1=2.0, codec=codec, most_reads=most)
+    for codec in NAMES[1:]
+    for stored, most in ((8191, None), (81, 1))
+]
 TOY_SHAPES = [Shape(head_dim=32), Shape(kv_heads=1, group=2, layout="cuda-heads", dtype=torch.float16)]
 SHAPES = [
     Shape(kv_heads, group, head_dim, block_size, dtype, layout)
@@ -46,7 +53,10 @@ SHAPES = [
 
 def check_all(device: torch.device, toy: bool) -> Iterator[dict[str, Any]]:
     """One record for each kernel and shape: what was compared, and what was wrong ("" if nothing)."""
-    checks = {"decode step": check_decode, "scores": check_scores, "compaction": check_compaction}
+    checks = {
+        "decode step": check_decode, "decode step, codecs": check_codecs, "scores": check_scores,
+        "compaction": check_compaction,
+    }  # fmt: skip
     if importlib.util.find_spec("xformers") is not None:
         checks["decode step, xFormers"] = check_xformers
     for shape in TOY_SHAPES if toy else SHAPES:
@@ -65,6 +75,12 @@ def check_decode(shape: Shape, device: torch.device, toy: bool) -> None:
         for splits in (1, 2) if toy else (1, 4, 32):
             case = make(shape, rows)
             assert_same(case, run(case.to(device), splits), tolerance, tolerance, attend_in_float64)
+
+
+def check_codecs(shape: Shape, device: torch.device, toy: bool) -> None:
+    tolerance = max(1e-4, TOLERANCE[shape.dtype])  # queries and weights count to 16 bits
+    case = make(shape, [CODED[1], CODED[7]] if toy else CODED)
+    assert_same(case, run(case.to(device), 2 if toy else 8), tolerance, tolerance, attend_in_float64)
 
 
 def check_xformers(shape: Shape, device: torch.device, toy: bool) -> None:
@@ -112,7 +128,7 @@ def check_compaction(shape: Shape, device: torch.device, toy: bool) -> None:
     cache, blocks = moved_to(prompt.cache, device), prompt.blocks.to(device)
     pages = torch.zeros_like(expected.pages[0], device=device)
     ops.copy_evicted(cache, blocks, evicted.to(device), pages, torch.arange(width, device=device))
-    scratch = dirty_scratch(1, shape.kv_heads * shape.group, shape.head_dim, 2 if toy else 16, device)
+    scratch = dirty_scratch(1, shape.kv_heads * shape.group, shape.kv_heads, shape.head_dim, 2 if toy else 16, device)
     ops.calibrate(query.to(device), cache, blocks, evicted.to(device), state, 1, scratch, prompt.scale)
     moved = torch.empty((2, shape.kv_heads, budget, shape.head_dim), dtype=shape.dtype, device=device)
     ops.gather_kept(cache, blocks, kept.to(device), moved)

@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from vllm_calidrop.attention.ops import triton as ops
+from vllm_calidrop.cache.codecs.layout import layout_table
 from vllm_calidrop.cache.layout import PAGE_TOKENS, PAGES_PER_BLOCK
 from vllm_calidrop.records import COUNTERS
 
@@ -33,6 +34,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
+    torch.uint8: "*u8",
 }  # fmt: skip
 
 
@@ -141,8 +143,9 @@ def all_launches(shape: ModelShape, dtype: torch.dtype = torch.bfloat16, rows: i
     )  # fmt: skip
     table = ops.Rows(integers(rows), integers(rows), integers(rows), integers(rows, 512))
     sequences = ops.Sequences(
-        integers(slots), integers(slots), empty(slots), empty(slots), integers(slots), integers(slots, 64)
-    )
+        integers(slots), integers(slots), empty(slots), empty(slots), integers(slots), integers(slots, 64),
+        integers(slots), integers(slots), layout_table(head_dim, dtype, "meta"),
+    )  # fmt: skip
     splits = ops.splits_for(rows, kv_heads)
     scratch = ops.view_scratch(ops.make_scratch(rows, kv_heads, group, head_dim, "meta"), rows, *shape, splits)
     query, out = empty(rows, heads, head_dim, dtype=dtype), empty(rows, heads, head_dim, dtype=dtype)

@@ -12,6 +12,7 @@ from benchmarks.kernels.device import Call, pinned
 from benchmarks.kernels.resources import ModelShape
 from vllm_calidrop.attention.ops import triton as ops
 from vllm_calidrop.attention.ops.gpu import DecodeStep
+from vllm_calidrop.cache.codecs.layout import layout_table
 from vllm_calidrop.cache.layout import PAGE_TOKENS, PAGES_PER_BLOCK, SWAP_BLOCK_TOKENS, swap_blocks_for
 from vllm_calidrop.records import COUNTERS
 
@@ -95,7 +96,8 @@ def make(
         rows=ops.Rows(numbers, numbers, integers(kept), order[spread].view(batch, columns)),
         sequences=ops.Sequences(
             integers(0), integers(evicted), *torch.zeros((2, batch), device=device), integers(0),
-            swap_order[swap_spread].view(batch, width),
+            swap_order[swap_spread].view(batch, width), integers(0), integers(ops.NO_BUDGET),
+            layout_table(head_dim, dtype, device),
         ),
         state=ops.State(
             torch.empty((batch, kv_heads, group, head_dim), dtype=dtype, device=device).normal_(),

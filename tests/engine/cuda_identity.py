@@ -18,6 +18,7 @@ import tests.engine.conftest  # noqa: F401  (environment, before vLLM)
 from benchmarks.kernels.metadata_recorder import MetadataRecorder
 from tests.engine.cases import CALIBRATION, GATES, MODEL, POLICIES, CachedReference, prompt_of
 from tests.engine.harness import Ask, Engine, assert_equal_to_reference
+from tests.reference.codecs import read_bytes
 from tests.support.interpreter import answer_for_a_gpu, few_splits, patch_language_once
 from vllm_calidrop.hooks.wrap import installed_vllm_version
 
@@ -95,11 +96,19 @@ def main() -> None:
     recorder = MetadataRecorder(engine.worker.calidrop)
     replays = Replays(engine.worker.model_runner) if is_v2 else None
     asks = [Ask(prompt_of(100, seed), 6, {"kv_budget": 32, **chosen}) for seed, chosen in enumerate(settings)]
+    one_head = 4 * read_bytes("int8", 68, 64, 4)  # lets each of the four layers read one of its two KV heads
+    settings = [{"kv_codec": "int2"}, {"kv_codec": "int8", "kv_read_budget": one_head}, {"kv_read_budget": 0}]
+    asks += [
+        Ask(prompt_of(100, 20 + seed), 6, {"kv_budget": 32, "kv_theta1": 0.8, "kv_theta2": 0.85, **chosen})
+        for seed, chosen in enumerate(settings)
+    ]
     asks.append(Ask(prompt_of(100, 40), 3))
     answers = engine.ask(asks)
     assert_equal_to_reference(asks, answers, [reference(ask) for ask in asks])
     reports = [answer.report for answer in answers if answer.report is not None]
-    assert all(sum(report[name] for report in reports) for name in ("recomputes", "merges", "plain")), reports
+    assert all(sum(report[name] for report in reports) for name in ("recomputes", "merges", "plain", "skipped")), (
+        reports
+    )
     engine.assert_nothing_in_use()
     print("reference: equal")
     if replays is not None:

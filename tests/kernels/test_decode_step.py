@@ -11,7 +11,9 @@ from triton.runtime.interpreter import interpreter_builder
 from benchmarks.kernels.cases import LAYER, ROWS, Row, Shape, assert_same, copy_of, make, run
 from vllm_calidrop.attention.ops.triton import contract, make_scratch, scratch_bytes, splits_for, view_scratch
 from vllm_calidrop.attention.ops.triton.contract import evicted_splits_for
+from vllm_calidrop.cache.codecs import NAMES
 from vllm_calidrop.calibration import Gate
+from vllm_calidrop.records import COUNTERS
 
 SHAPES = [
     Shape(),
@@ -45,6 +47,43 @@ def test_random_batches(seed: int) -> None:
         )  # fmt: skip
     case = make(shape, rows, seed)
     assert_same(case, run(case, pick.randint(1, 3)))
+
+
+# Around the edges of pages (16), groups (80, 112) and blocks of the codecs.
+STORED = (1, 17, 79, 113, 240, 449, 900)
+OTHER = Shape(kv_heads=3, group=5, head_dim=80, dtype=torch.bfloat16, layout="cuda-heads")
+
+
+@pytest.mark.parametrize(
+    ("codec", "shape"), [*((codec, Shape()) for codec in NAMES[1:]), ("fp8", OTHER), ("int2", OTHER)], ids=str
+)
+def test_codecs(shape: Shape, codec: str) -> None:
+    """Everybody reads; against `Codec.decode` and the attention over that."""
+    rows = [Row(20, 5, stored, theta1=2.0, theta2=2.0, codec=codec) for stored in STORED]
+    case = make(shape, rows)
+    tolerance = 1e-2 if shape.dtype == torch.bfloat16 else 1e-4  # queries and weights count to 16 bits
+    assert_same(case, run(case, splits=3), tolerance, tolerance)
+
+
+def test_mixed_codecs_and_budgets() -> None:
+    rows = [
+        Row(40, 5, 200, theta1=theta, theta2=0.9, gate=gate, near=2.0, codec=codec, most_reads=most)
+        for codec, most in zip(NAMES, (None, 0, 1, 2, 3, None, 1, 9, 0))
+        for gate, theta in ((Gate.GROUP, 2.0), (Gate.HEAD, 0.7), (Gate.GROUP_MEAN, 0.7))
+    ]
+    case = make(Shape(kv_heads=4, group=2, head_dim=32), rows)
+    counts = assert_same(case, run(case), 1e-4, 1e-4).table.counts[:, LAYER].sum(0)
+    assert (counts[: COUNTERS.index("group_reads") + 1] > 0).all() and counts[COUNTERS.index("skipped")] > 0
+
+
+def test_ties_of_a_budget_go_to_the_lower_head() -> None:
+    case = make(Shape(kv_heads=5, group=2, head_dim=32), [Row(20, 4, 30, theta1=2.0, theta2=0.5, most_reads=3)])
+    case.query[:] = case.query[0, :1]
+    slot = int(case.rows.slot[0])
+    case.table.query[LAYER, slot] = case.table.query[LAYER, slot, :1, :1]
+    wanted = assert_same(case, run(case)).table
+    renewed = (wanted.query[LAYER, slot] == case.query[0, 0]).all(-1).all(-1)
+    assert renewed.tolist() == [True, True, True, False, False]
 
 
 def test_every_branch_is_taken_by_every_gate() -> None:

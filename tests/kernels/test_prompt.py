@@ -74,7 +74,7 @@ def test_compaction_moves_what_was_chosen(shape: Shape, tokens: int, budget: int
 
     copy_evicted(prompt.cache, prompt.blocks, evicted, pool.pages[LAYER], swap_blocks)
     state = State(table.query[LAYER], table.out[LAYER], table.lse[LAYER], table.counts[:, LAYER])
-    scratch = dirty_scratch(1, shape.kv_heads * shape.group, shape.head_dim, splits=3)
+    scratch = dirty_scratch(1, shape.kv_heads * shape.group, shape.kv_heads, shape.head_dim, splits=3)
     calibrate(query, prompt.cache, prompt.blocks, evicted, state, 1, scratch, prompt.scale)
     moved = torch.full((2, shape.kv_heads, budget, shape.head_dim), torch.nan, dtype=shape.dtype)
     gather_kept(prompt.cache, prompt.blocks, kept, moved)
@@ -114,7 +114,7 @@ def test_calibration_over_nothing() -> None:
     prompt = Prompt(shape, 20)
     table = StateTable(2, 1, shape.kv_heads, shape.group, shape.head_dim, shape.dtype)
     table.lse.zero_()
-    scratch = dirty_scratch(1, shape.kv_heads * shape.group, shape.head_dim, splits=2)
+    scratch = dirty_scratch(1, shape.kv_heads * shape.group, shape.kv_heads, shape.head_dim, splits=2)
     state = State(table.query[LAYER], table.out[LAYER], table.lse[LAYER], table.counts[:, LAYER])
     nothing = torch.empty((shape.kv_heads, 0), dtype=torch.int64)
     calibrate(prompt.queries(1)[0], prompt.cache, prompt.blocks, nothing, state, 0, scratch, prompt.scale)

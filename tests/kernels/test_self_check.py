@@ -57,7 +57,7 @@ def test_right_kernels_pass(
     worker = worker_of(dtype, kv_heads, group, swap_blocks)
     with caplog.at_level("INFO", "vllm.calidrop"):
         self_check(worker, cache_of(worker, block_size, heads_outside), SCALE)
-    kernels = 7 if swap_blocks else 5  # without a pool nothing is copied or reloaded
+    kernels = 9 if swap_blocks else 5  # without a pool nothing is copied or reloaded
     assert f"{kernels} kernels checked on the host, interpreted" in caplog.text
 
 
@@ -79,6 +79,7 @@ MISTAKES: dict[str, tuple[str, Callable[..., None]]] = {
     "move kept": ("scatter_kept", lambda cache, blocks, *_: cache.value[int(blocks[-1]), 0, 0, :1].add_(1)),
     "decode": ("decode_kept", lambda *arguments: arguments[5].kept_lse[1, 0].add_(0.1)),
     "reload": ("reload_evicted", lambda *arguments: arguments[4].evicted_out[0, -1].mul_(1.1)),
+    "reload encoded": ("reload_encoded", lambda *arguments: arguments[4].evicted_out[0, -1].mul_(1.1)),
     "merge": ("merge_row", lambda query, out, *_: out[1, 0, :1].add_(0.2)),
 }
 

@@ -19,8 +19,9 @@ def test_every_part_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["machine"]["interpreter"] and found["toy"]
     kernels = [row["kernel"] for row in found["correctness"]]
-    assert kernels == ["decode step", "scores", "compaction", "decode step, xFormers"] * len(correctness.TOY_SHAPES)
-    assert [row["kernel"] for row in found["bandwidth"]] == ["decode", "reload"]
+    checks = ["decode step", "decode step, codecs", "scores", "compaction", "decode step, xFormers"]
+    assert kernels == checks * len(correctness.TOY_SHAPES)
+    assert [row["kernel"] for row in found["bandwidth"]] == ["decode", "reload", "reload int4"]
     assert found["bandwidth"][0]["bytes"] == 2 * 40 * 2 * 2 * 32 * 4  # rows, tokens, KV heads, K and V, D, float32
     assert [row["synchronisations"] for row in found["step"]] == [{}]
     full, kept = found["times"]

@@ -22,7 +22,10 @@ from vllm_calidrop.attention.cuda.host_pool import PinnedSwapPool, runs, staging
 from vllm_calidrop.attention.cuda.kv_cache import kv_views
 from vllm_calidrop.attention.cuda.room import RANKING_BYTES, compaction_bytes, device_bytes, leave_room_on_device
 from vllm_calidrop.attention.cuda.worker import CaliDropCudaWorker
+from vllm_calidrop.attention.ops.gpu import CHOICE_VARIABLE
+from vllm_calidrop.cache.codecs import number_of
 from vllm_calidrop.cache.layout import SWAP_BLOCK_TOKENS, swap_blocks_for
+from vllm_calidrop.cache.swap import SwapPool
 from vllm_calidrop.memory import ModelShape, PoolSizes
 from vllm_calidrop.settings import RequestSettings, ServerSettings, SettingsError
 from vllm_calidrop.support import refuse_settings
@@ -59,6 +62,30 @@ def test_evicted_kv_by_way_of_staging(tokens: int, monkeypatch: pytest.MonkeyPat
     for head in range(heads):
         keys, values = pool.read(layer, torch.tensor([block_ids]), torch.tensor([head]))
         assert torch.equal(keys[0, :tokens], kv[0, head]) and torch.equal(values[0, :tokens], kv[1, head])
+    pool.close()
+
+
+@pytest.mark.parametrize("name", ["int8", "int2"])
+def test_encoded_kv_by_way_of_staging(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of a codec's blocks, which hold more tokens; what is stored is what the pool's own writer stores."""
+    heads, head_dim, tokens = 2, 32, 1500
+    block = PinnedSwapPool.block_bytes(1, heads, head_dim, torch.float32)
+    monkeypatch.setattr(host_pool, "STAGING_BYTES", 2 * block)
+    pool = PinnedSwapPool(1, 12, heads, head_dim, torch.float32, CPU)
+    plain = SwapPool(1, 12, heads, head_dim, torch.float32)
+    codec = pool.codecs[number_of(name)]
+    block_ids = (7, 8, 2, 11, 3, 4, 9)[: codec.blocks_for(tokens)]
+    keys, values = torch.randn(2, heads, tokens, head_dim)
+    plain.write(0, torch.tensor(block_ids), keys, values, name)
+    sent = []
+    for part in pool.parts(block_ids, tokens, codec.tokens_per_block):
+        encoded = codec.encode(keys[:, part.tokens], values[:, part.tokens])
+        part.staging.flatten(2).view(torch.uint8).copy_(encoded.blocks.transpose(0, 1))
+        pool.send(0, part)
+        sent.append(part.tokens)
+    assert sent[0].start == 0 and sent[-1].stop == tokens
+    assert all(one.stop == other.start for one, other in itertools.pairwise(sent))
+    assert torch.equal(pool.memory[0, list(block_ids)], plain.memory[0, list(block_ids)])
     pool.close()
 
 
@@ -106,7 +133,8 @@ def test_copies_that_are_late(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_worker_is_counted_to_the_byte() -> None:
     shape = ModelShape(3, 8, 2, 64, torch.float32, 1000)
     worker = CaliDropCudaWorker(SimpleNamespace(), ["a", "b", "c"], shape, 12, PoolSizes(4, 0, 0), CPU, 5)
-    held = [worker.step.table, worker.slots._device, worker.slots.sequences.swap_blocks, *worker._scratch]
+    sequences = worker.slots.sequences
+    held = [worker.step.table, worker.slots._device, sequences.swap_blocks, sequences.layouts, *worker._scratch]
     assert sum(tensor.nbytes for tensor in held) == CaliDropCudaWorker.num_bytes(shape, 12, 5)
     staged = worker.pool._staging.nbytes + worker.pool._ids.nbytes
     assert staged == staging_bytes(4, 2, 64, torch.float32)
@@ -196,11 +224,17 @@ def test_requests_without_kernels_on_cuda(monkeypatch: pytest.MonkeyPatch) -> No
     for names in asked:
         refuse_settings(RequestSettings(kv_budget=64, **names))
     monkeypatch.setattr("vllm_calidrop.flavour.uses_cuda_flavour", lambda: True)
-    for names in asked:
-        (field,) = names
-        with pytest.raises(SettingsError, match=rf"{field} \(.*\) is not supported on CUDA") as refusal:
-            refuse_settings(RequestSettings(kv_budget=64, **names))
-        assert refusal.value.field == field
-        for plain in ({}, {"kv_budget": 9, "kv_policy": "full"}, {"kv_budget": 9, "kv_calibration": False}):
-            refuse_settings(RequestSettings(**plain, **names))
-    refuse_settings(RequestSettings(kv_budget=64))
+    for op, refused in (("triton", asked[:1]), ("xformers", asked)):
+        monkeypatch.setenv(CHOICE_VARIABLE, op)
+        for names in asked:
+            (field,) = names
+            if names in refused:
+                reason = rf"{field} \(.*\) is not supported (on CUDA|with .*=xformers)"
+                with pytest.raises(SettingsError, match=reason) as no:
+                    refuse_settings(RequestSettings(kv_budget=64, **names))
+                assert no.value.field == field
+            else:
+                refuse_settings(RequestSettings(kv_budget=64, **names))
+            for plain in ({}, {"kv_budget": 9, "kv_policy": "full"}, {"kv_budget": 9, "kv_calibration": False}):
+                refuse_settings(RequestSettings(**plain, **names))
+        refuse_settings(RequestSettings(kv_budget=64))

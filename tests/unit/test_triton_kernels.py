@@ -49,4 +49,4 @@ def test_compiled_without_spills() -> None:
     """Two blocks and more fit a multiprocessor, and nothing is spilled to local memory."""
     out = run("0", "-c", COMPILED.replace("CHOSEN", repr(CHOSEN)))
     print(out)
-    assert len(out.splitlines()) == 2 * (2 * 10 + 5 * 2), out
+    assert len(out.splitlines()) == 2 * (2 * 11 + 5 * 2), out

@@ -9,7 +9,7 @@ from vllm_calidrop.cache.codecs import NAMES, codec_of, number_of
 from vllm_calidrop.cache.layout import PAGE_TOKENS, PAGES_PER_BLOCK
 
 # Blocks of each KV head that are encoded before they are stored.
-_BLOCKS_AT_ONCE = 4
+BLOCKS_AT_ONCE = 4
 
 
 class SwapLedger:
@@ -64,8 +64,8 @@ class SwapPool:
         """
         encoding = self.codecs[number_of(codec)]
         refused = torch.zeros(len(keys), dtype=torch.bool)
-        tokens = _BLOCKS_AT_ONCE * encoding.tokens_per_block
-        parts = (block_ids.split(_BLOCKS_AT_ONCE), keys.split(tokens, dim=1), values.split(tokens, dim=1))
+        tokens = BLOCKS_AT_ONCE * encoding.tokens_per_block
+        parts = (block_ids.split(BLOCKS_AT_ONCE), keys.split(tokens, dim=1), values.split(tokens, dim=1))
         for ids, some_keys, some_values in zip(*parts, strict=True):
             encoded = encoding.encode(some_keys, some_values)
             self.memory[layer, ids] = encoded.blocks.transpose(0, 1)

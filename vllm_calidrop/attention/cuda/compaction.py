@@ -6,9 +6,12 @@ stream before the scheduler frees the blocks, so whatever their next owner write
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from vllm_calidrop.attention.cuda.host_pool import PinnedSwapPool
 from vllm_calidrop.attention.cuda.worker import CaliDropCudaWorker
 from vllm_calidrop.attention.ops.triton import (
     KVCache,
@@ -20,7 +23,17 @@ from vllm_calidrop.attention.ops.triton import (
     score_scratch_elements,
 )
 from vllm_calidrop.attention.prefill import PrefillRow, observe_window
+from vllm_calidrop.cache.codecs import Codec, NoCodec, number_of
+from vllm_calidrop.cache.swap import BLOCKS_AT_ONCE
 from vllm_calidrop.policies import POLICIES, ScoreInputs, Selection
+
+
+class Run(NamedTuple):
+    """Evicted tokens of a sequence in the swap pool."""
+
+    swap_blocks: tuple[int, ...]
+    stored: int
+    codec: Codec
 
 
 def observe_chunk(row: PrefillRow, layer: int, queries: Tensor, cache: KVCache, scale: float) -> None:
@@ -45,16 +58,49 @@ def compact(
     selection = _select(row, layer, cache, scale)
     record, blocks = row.sequence.record, row.blocks
     if record.calibrated:
-        for part in worker.pool.parts(record.swap_blocks, record.stored):
-            positions = selection.evicted[:, part.tokens].contiguous()
-            copy_evicted(cache, blocks, positions, part.staging, part.ids)
-            worker.pool.send(layer, part)
+        run = Run(record.swap_blocks, record.stored, worker.pool.codecs[number_of(record.codec)])
+        refused = offload(layer, blocks, selection.evicted, cache, worker.pool, run)
         state, scratch = worker.state(layer), worker.scratch(1)
         calibrate(last_query, cache, blocks, selection.evicted, state, record.slot, scratch, scale)
+        if refused is not None:
+            worker.table.refuse(layer, record.slot, refused)
     kept = cache.key.new_empty((2, cache.key.shape[1], record.budget, cache.key.shape[3]))
     gather_kept(cache, blocks, selection.kept, kept)
     scatter_kept(cache, blocks, record.prompt_len - record.budget, kept)
     return selection
+
+
+def offload(
+    layer: int, blocks: Tensor, evicted: Tensor, cache: KVCache, pool: PinnedSwapPool, run: Run
+) -> Tensor | None:
+    """Send the KV of tokens `evicted` [H, m] on its way to the run's swap blocks.
+
+    Returns bool [H], the KV heads that the codec refuses; None without a codec.
+    """
+    codec, refused = run.codec, None
+    for part in pool.parts(run.swap_blocks, run.stored, codec.tokens_per_block):
+        positions = evicted[:, part.tokens].contiguous()
+        if isinstance(codec, NoCodec):
+            copy_evicted(cache, blocks, positions, part.staging, part.ids)
+        else:
+            found = _encode(codec, cache, blocks, positions, part.staging)
+            refused = found if refused is None else refused | found
+        pool.send(layer, part)
+    return refused
+
+
+def _encode(codec: Codec, cache: KVCache, blocks: Tensor, positions: Tensor, staging: Tensor) -> Tensor:
+    """Tokens `positions` [H, m], encoded, into the staged blocks: some blocks at a time, so that copies stay small."""
+    refused = []
+    staged = staging.flatten(2).view(torch.uint8)  # [blocks, H, block_bytes]
+    runs = zip(staged.split(BLOCKS_AT_ONCE), positions.split(BLOCKS_AT_ONCE * codec.tokens_per_block, 1), strict=True)
+    for some_blocks, some in runs:
+        kv = cache.key.new_empty((2, *some.shape, cache.key.shape[3]))
+        gather_kept(cache, blocks, some.contiguous(), kv)
+        encoded = codec.encode(kv[0], kv[1])
+        some_blocks.copy_(encoded.blocks.transpose(0, 1))
+        refused.append(encoded.refused)
+    return torch.stack(refused).any(0)
 
 
 def _select(row: PrefillRow, layer: int, cache: KVCache, scale: float) -> Selection:

@@ -26,8 +26,9 @@ STAGING_BYTES = 64 * 2**20
 class Part:
     """Some swap blocks of one sequence and layer on their way to the host.
 
-    tokens: the evicted tokens they hold. staging: their place on the device, [blocks, H, pages, 2, PAGE_TOKENS, D].
-    ids: int32, 0, 1, ...: its blocks as `copy_evicted` numbers them. block_ids: where they go.
+    tokens: the evicted tokens they hold. staging: their place on the device, [blocks, H, pages, 2, PAGE_TOKENS, D], or
+    the same bytes as a codec has them. ids: int32, 0, 1, ...: its blocks as `copy_evicted` numbers them. block_ids:
+    where they go.
     """
 
     tokens: slice
@@ -62,8 +63,11 @@ class PinnedSwapPool(SwapPool):
         self._copied: list[torch.cuda.Event | None] = [None] * STAGING_BUFFERS
         self._next = 0
 
-    def parts(self, block_ids: tuple[int, ...], tokens: int) -> Iterator[Part]:
-        """The blocks of `tokens` evicted tokens, as many at a time as fit a buffer. Fill each, then `send` it."""
+    def parts(self, block_ids: tuple[int, ...], tokens: int, block_tokens: int = SWAP_BLOCK_TOKENS) -> Iterator[Part]:
+        """The blocks of `tokens` evicted tokens, as many at a time as fit a buffer. Fill each, then `send` it.
+
+        block_tokens: tokens of a block, the codec's.
+        """
         most = self._staging.shape[1]
         for first in range(0, len(block_ids), most):
             some = block_ids[first : first + most]
@@ -71,8 +75,8 @@ class PinnedSwapPool(SwapPool):
             copied = self._copied[buffer]
             if copied is not None:
                 torch.cuda.current_stream().wait_event(copied)
-            start = first * SWAP_BLOCK_TOKENS
-            end = min(tokens, start + len(some) * SWAP_BLOCK_TOKENS)
+            start = first * block_tokens
+            end = min(tokens, start + len(some) * block_tokens)
             yield Part(slice(start, end), self._staging[buffer, : len(some)], self._ids[: len(some)], some, buffer)
 
     def send(self, layer: int, part: Part) -> None:

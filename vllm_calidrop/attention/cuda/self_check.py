@@ -18,10 +18,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vllm_calidrop.attention.cuda.compaction import Run, offload
 from vllm_calidrop.attention.cuda.kv_cache import kv_views
 from vllm_calidrop.attention.cuda.worker import CaliDropCudaWorker
 from vllm_calidrop.attention.ops import gpu, triton
 from vllm_calidrop.attention.ops.triton import Rows, Scratch, Sequences, State
+from vllm_calidrop.cache.codecs import NoCodec
+from vllm_calidrop.cache.codecs.layout import layout_table
 from vllm_calidrop.cache.layout import SWAP_BLOCK_TOKENS, swap_blocks_for
 from vllm_calidrop.calibration import AttentionState, Gate, attention_state, cosine, decide, merge_states
 from vllm_calidrop.policies.h2o import add_column_sums
@@ -33,6 +36,8 @@ TOKENS, BUDGET, WINDOW = 200, 40, 16
 # Weights are rounded to the cache's dtype before they meet the values.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 SUMS_TOLERANCE = 2e-4
+CODES_TOLERANCE = 5e-4
+INT8_TOLERANCE = 0.05  # of the numbers themselves, which are normal
 RECOMPUTES, MERGES, PADDING = range(3)
 
 
@@ -47,6 +52,7 @@ def self_check(worker: CaliDropCudaWorker, kv_cache: Tensor, scale: float) -> No
     check.scores()
     check.compaction()
     check.decode()
+    check.codecs()
     logger.info(
         "CaliDrop: %d kernels checked on %s in %.1f s; largest difference %.1e (%s)",
         len(check.worst),
@@ -89,9 +95,13 @@ class _Check:
         self.cache = kv_views(_small(kv_cache, columns + 1))
         position = torch.arange(TOKENS)
         places = (table[position // self.block_size].to(self.device), position.to(self.device) % self.block_size)
-        for view, written in zip(self.cache, (keys, values), strict=True):
-            view[places[0], :, places[1]] = written.transpose(0, 1).to(self.device)
         self._places = places
+        self._write_cache()
+
+    def _write_cache(self) -> None:
+        block, within = self._places
+        for view, written in zip(self.cache, (self.prompt.keys, self.prompt.values), strict=True):
+            view[block, :, within] = written.transpose(0, 1).to(self.device)
 
     def scores(self) -> None:
         with self._of("score") as name:
@@ -156,7 +166,7 @@ class _Check:
         sequences = Sequences(
             torch.full((2,), TOKENS - BUDGET, dtype=torch.int32, device=device),
             torch.full((2,), stored, dtype=torch.int32, device=device),
-            theta1.to(device), theta2.to(device), gate.int().to(device), ids,
+            theta1.to(device), theta2.to(device), gate.int().to(device), ids, *self._codec(2, 0),
         )  # fmt: skip
         rows = Rows(
             torch.tensor([RECOMPUTES, MERGES, 0], dtype=torch.int32, device=device),
@@ -189,11 +199,12 @@ class _Check:
                 partial = _combined(scratch.kept_out[:2].cpu(), scratch.kept_lse[:2].cpu())
                 for row, state in enumerate(kept):
                     self._compare_state(name, AttentionState(*(self._grouped(x[row]) for x in partial)), state)
-            with self._of("reload") as name:
-                triton.reload_evicted(on_device, pages, rows, sequences, scratch, self.scale)
-                if stored:
-                    partial = _combined(scratch.evicted_out[:1].cpu(), scratch.evicted_lse[:1].cpu())
-                    self._compare_state(name, AttentionState(*(self._grouped(x[0]) for x in partial)), evicted)
+            for name, reload in (("reload", triton.reload_evicted), ("reload encoded", triton.reload_encoded)):
+                with self._of(name):  # the second has nothing to do, and leaves what is there
+                    reload(on_device, pages, rows, sequences, scratch, self.scale)
+                    if stored:
+                        partial = _combined(scratch.evicted_out[:1].cpu(), scratch.evicted_lse[:1].cpu())
+                        self._compare_state(name, AttentionState(*(self._grouped(x[0]) for x in partial)), evicted)
             name = "merge"
             with self._of(name):
                 triton.merge_row(on_device, out, rows, sequences, _state(found), scratch)
@@ -204,6 +215,49 @@ class _Check:
             self._compare_state(name, AttentionState(found.out, found.lse), AttentionState(wanted.out, wanted.lse))
             self._compare(name, found.query, wanted.query, 0)
             self._compare(name, found.counts, wanted.counts, 0)
+
+    def codecs(self) -> None:
+        """Encoded on the device, sent to the host, read again by the kernel; against what the host decodes there."""
+        prompt, stored, device = self.prompt, self.prompt.evicted.shape[1], self.device
+        if gpu.choice() == "xformers" or not stored:
+            return
+        self._write_cache()  # compaction has moved the kept tokens over others
+        query = prompt.queries[RECOMPUTES]
+        zero, end = torch.zeros(1, dtype=torch.int32, device=device), torch.full((1,), TOKENS, device=device)
+        rows = Rows(zero, zero, end.int(), self.blocks.expand(1, -1))
+        for number, codec in enumerate(self.worker.pool.codecs):
+            if isinstance(codec, NoCodec):
+                continue
+            ids = tuple(range(codec.blocks_for(stored)))
+            with self._of("reload encoded") as name:
+                run = Run(ids, stored, codec)
+                offload(0, self.blocks, prompt.evicted.to(device), self.cache, self.worker.pool, run)
+                self.worker.pool.join()
+                sequences = Sequences(
+                    zero, zero + stored, zero.float(), zero.float(), zero,
+                    torch.tensor([ids], dtype=torch.int32, device=device), *self._codec(1, number),
+                )  # fmt: skip
+                scratch = self._scratch(1)
+                scratch.decision.fill_(triton.RECOMPUTE)
+                scratch.similarity.zero_()
+                on_device = query[None].to(device)
+                triton.reload_encoded(on_device, self.worker.pages(0), rows, sequences, scratch, self.scale)
+                found = _combined(scratch.evicted_out.cpu(), scratch.evicted_lse.cpu())
+                heads = torch.arange(self.kv_heads)
+                read = self.worker.pool.read(0, torch.tensor([ids]).expand(len(heads), -1), heads, number)
+                keys, values = (x[:, :stored] for x in read)
+                wanted = attention_state(self._grouped(query), keys, values, self.scale)
+                for one, other in zip(found, wanted, strict=True):
+                    self._compare(name, self._grouped(one[0]), other, CODES_TOLERANCE)
+            if codec.name == "int8":
+                with self._of("encode") as name:
+                    for one, other in ((keys, prompt.keys), (values, prompt.values)):
+                        self._compare(name, one, _taken(other, prompt.evicted).float(), INT8_TOLERANCE)
+
+    def _codec(self, slots: int, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The last fields of Sequences: all slots with this codec, none with a read budget."""
+        codec = torch.full((slots,), number, dtype=torch.int32, device=self.device)
+        return codec, torch.full_like(codec, triton.NO_BUDGET), layout_table(self.head_dim, self.dtype, self.device)
 
     def _table(self, device: torch.device) -> StateTable:
         return StateTable(1, 2, self.kv_heads, self.group, self.head_dim, self.dtype, device)

@@ -36,7 +36,7 @@ class CaliDropCudaWorker(CaliDropWorker):
         self._device = device
         super().__init__(runner, layer_names, shape, num_slots, pools)
         self.max_rows = max_rows
-        self.slots = SlotTable(num_slots, shape.max_model_len, device)
+        self.slots = SlotTable(num_slots, shape.max_model_len, shape.head_dim, shape.dtype, device)
         self.step = StepTable(max_rows, device)
         self._heads = (shape.num_kv_heads, shape.num_query_heads // shape.num_kv_heads, shape.head_dim)
         self._scratch = make_scratch(max_rows, *self._heads, device)

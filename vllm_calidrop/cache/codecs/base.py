@@ -58,7 +58,7 @@ class Codec(ABC):
 
     @abstractmethod
     def encode(self, keys: Tensor, values: Tensor) -> Encoded:
-        """Encode a run of evicted K and V [H, T, D] in the cache's dtype."""
+        """Encode a run of evicted K and V [H, T, D] in the cache's dtype, on their device, which is not waited for."""
 
     @abstractmethod
     def decode(self, blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -118,7 +118,8 @@ class GroupedCodec(Codec):
     def encode(self, keys: Tensor, values: Tensor) -> Encoded:
         """Block by block, so that the copies in float32 stay small."""
         refused = _refused(keys) | _refused(values)
-        blocks = torch.zeros((len(keys), self.blocks_for(keys.shape[1]), self.block_bytes), dtype=torch.uint8)
+        shape = (len(keys), self.blocks_for(keys.shape[1]), self.block_bytes)
+        blocks = torch.zeros(shape, dtype=torch.uint8, device=keys.device)
         runs = zip(keys.split(self.tokens_per_block, dim=1), values.split(self.tokens_per_block, dim=1), strict=True)
         for index, run in enumerate(runs):
             kv = torch.where(refused[:, None, None, None], 0, torch.stack(run, dim=1))
@@ -133,9 +134,8 @@ class GroupedCodec(Codec):
         padding = groups * self.group_tokens - tokens
         kv = torch.nn.functional.pad(kv, (0, 0, 0, padding)).unflatten(2, (groups, self.group_tokens)).transpose(1, 2)
         keys, values = kv.float().unbind(2)  # [H, groups, G, D]
-        exists = (
-            (torch.arange(groups * self.group_tokens) < tokens).view(groups, self.group_tokens).expand(heads, -1, -1)
-        )
+        index = torch.arange(groups * self.group_tokens, device=kv.device)
+        exists = (index < tokens).view(groups, self.group_tokens).expand(heads, -1, -1)
 
         position = outlier_tokens(keys, exists, self.outliers)
         is_outlier = torch.zeros_like(exists).scatter(-1, position, True)

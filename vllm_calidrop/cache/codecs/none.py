@@ -34,7 +34,7 @@ class NoCodec(Codec):
             blocks[:, :pages, half] = x[:, : tokens - rest].unflatten(1, (pages, PAGE_TOKENS))
             if rest:
                 blocks[:, pages, half, :rest] = x[:, tokens - rest :]
-        refused = torch.zeros(heads, dtype=torch.bool)
+        refused = torch.zeros(heads, dtype=torch.bool, device=keys.device)
         return Encoded(blocks.view(torch.uint8).view(heads, count, self.block_bytes), refused)
 
     def decode(self, blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,15 +34,17 @@ inline void fetch(const T* from, long elements) {
   for (long i = 0; i < elements; i += long(64 / sizeof(T))) __builtin_prefetch(from + i, 0, 2);
 }
 
-// Logits of 16 * V tokens for H heads. query: [H, D].
-template <int H, int V, class T>
-inline void transposed_logits(const T* keys, long width, int head_dim, const float* query, float* out, long stride) {
+// Logits of 16 * V tokens for H heads. query: [H, D]. Meanwhile, if FETCH, the same part of what lies `ahead` is fetched.
+template <int H, int V, bool FETCH, class T>
+inline void transposed_logits(const T* keys, long ahead, long width, int head_dim, const float* query, float* out,
+                              long stride) {
   constexpr int kPhases = std::min(4, std::max(1, kSums / (H * V)));  // enough sums to hide the latency of one
   Floats sums[kPhases][H][V] = {};
   for (int d = 0; d < head_dim; d += kPhases)
     for (int p = 0; p < kPhases; p++)
       for (int v = 0; v < V; v++) {
         const Floats k = load(keys + (d + p) * width + v * kLanes);
+        if (FETCH && (sizeof(T) == 4 || v % 2 == 0)) __builtin_prefetch(keys + ahead + (d + p) * width + v * kLanes);
         for (int h = 0; h < H; h++) sums[p][h][v] += k * query[h * head_dim + d + p];
       }
   for (int h = 0; h < H; h++)
@@ -91,19 +93,25 @@ inline void plain_logits(const T* keys, const T* values, int head_dim, const flo
   }
 }
 
+// ahead: keys that will be needed next, a whole tile; null: none, or not of this layout.
 template <int L, int H, class T>
-inline void tile_logits_of(const Tile<T>& tile, int width, int head_dim, const float* query, float* out, long stride) {
+inline void tile_logits_of(const Tile<T>& tile, const T* ahead, int width, int head_dim, const float* query, float* out,
+                           long stride) {
   int t = tile.first / kLanes * kLanes;
   if constexpr (L != kKeyPlain && 2 * H <= kSums)
     for (; t + 2 * kLanes <= width && t + kLanes < tile.last; t += 2 * kLanes) {
-      if constexpr (L == kKeyTransposed)
-        transposed_logits<H, 2>(tile.keys + t, width, head_dim, query, out + t, stride);
-      else
+      if constexpr (L == kKeyTransposed) {
+        if (ahead)
+          transposed_logits<H, 2, true>(tile.keys + t, ahead - tile.keys, width, head_dim, query, out + t, stride);
+        else
+          transposed_logits<H, 2, false>(tile.keys + t, 0, width, head_dim, query, out + t, stride);
+      } else {
         paired_logits<H, 2>(tile.keys + t * head_dim, head_dim, query, out + t, stride);
+      }
     }
   for (; t < tile.last; t += kLanes) {
     if constexpr (L == kKeyTransposed)
-      transposed_logits<H, 1>(tile.keys + t, width, head_dim, query, out + t, stride);
+      transposed_logits<H, 1, false>(tile.keys + t, 0, width, head_dim, query, out + t, stride);
     else if constexpr (L == kKeyPairs)
       paired_logits<H, 1>(tile.keys + t * head_dim, head_dim, query, out + t, stride);
     else
@@ -114,17 +122,18 @@ inline void tile_logits_of(const Tile<T>& tile, int width, int head_dim, const f
 
 template <int L, class T>
 inline void tile_logits(const Tile<T>& tile, int width, int head_dim, const float* query, int heads, float* out,
-                        long stride) {
+                        long stride, const T* ahead = nullptr) {
   int h = 0;
-  if constexpr (L == kKeyTransposed && kSums == 4)  // twelve sums of 8 and their operands: all of AVX2's registers
-    for (; h + 6 <= heads; h += 6)
-      tile_logits_of<L, 6>(tile, width, head_dim, query + h * head_dim, out + h * stride, stride);
-  for (; h + 4 <= heads; h += 4)
-    tile_logits_of<L, 4>(tile, width, head_dim, query + h * head_dim, out + h * stride, stride);
-  for (; h + 2 <= heads; h += 2)
-    tile_logits_of<L, 2>(tile, width, head_dim, query + h * head_dim, out + h * stride, stride);
-  for (; h < heads; h++)
-    tile_logits_of<L, 1>(tile, width, head_dim, query + h * head_dim, out + h * stride, stride);
+  const auto some = [&](auto count) {
+    constexpr int H = decltype(count)::value;
+    for (; h + H <= heads; h += H, ahead = nullptr)
+      tile_logits_of<L, H>(tile, ahead, width, head_dim, query + h * head_dim, out + h * stride, stride);
+  };
+  // Sixteen sums of a register, or twelve of half a one on AVX2, and their operands: all of the registers.
+  if constexpr (L == kKeyTransposed) some(std::integral_constant<int, kSums == 4 ? 6 : 8>{});
+  some(std::integral_constant<int, 4>{});
+  some(std::integral_constant<int, 2>{});
+  some(std::integral_constant<int, 1>{});
 }
 
 // out [H, D] += weights [H, tokens] V for 16 * V dimensions from d on, over several tiles. Meanwhile the same part of the

@@ -147,9 +147,10 @@ class Columns {
   void strip_logits(int64_t kv_head, int rows, int64_t base, int last) {
     for (int at = 0; at < last; at += width_) {
       const int64_t block = a_.blocks[(base + at) / width_];
-      const T* keys = (const T*)a_.cache + block * a_.block_stride + kv_head * a_.head_stride;
+      const T* keys = keys_of(block, kv_head);
       const int count = std::min(width_, last - at);
-      if (at + width_ < last) fetch(a_.blocks[(base + at) / width_ + 1], kv_head);
+      const bool more = at + width_ < last;
+      const T* next = more ? keys_of(a_.blocks[(base + at) / width_ + 1], kv_head) : nullptr;
       float* out = logits_.data() + at;
       if constexpr (K == kKeyPairs)
         if (a_.amx) {
@@ -157,14 +158,13 @@ class Columns {
             matrix_logits(keys + t * head_dim_, head_dim_, packed_.data(), out + t, strip_stride_);
           continue;
         }
-      tile_logits<K>(Tile<T>{keys, nullptr, 0, count}, width_, head_dim_, query_.data(), rows, out, strip_stride_);
+      tile_logits<K>(Tile<T>{keys, nullptr, 0, count}, width_, head_dim_, query_.data(), rows, out, strip_stride_,
+                     next);
     }
   }
 
-  // The keys of a block that will be needed next.
-  void fetch(int64_t block, int64_t kv_head) {
-    const char* at = (const char*)((const T*)a_.cache + block * a_.block_stride + kv_head * a_.head_stride);
-    for (const char* end = at + long(width_) * head_dim_ * sizeof(T); at < end; at += 64) __builtin_prefetch(at);
+  const T* keys_of(int64_t block, int64_t kv_head) const {
+    return (const T*)a_.cache + block * a_.block_stride + kv_head * a_.head_stride;
   }
 
   // A row's logits of a strip become weights, relative to the row's largest logit so far; `own` columns are its.
@@ -198,14 +198,21 @@ class Columns {
       shares[row] = (top == top_[row] ? 1.0f : std::exp2(top - top_[row])) / (total_[row] * float(a_.group));
     }
     const float* weights = weights_.data() + long(strip) * strip_;
-    for (int64_t t = 0; t < count; t += kLanes) {
-      Floats total = {};
-      for (int row = 0; row < rows; row++) total += load(weights + row * stride_ + t) * shares[row];
-      if (t + kLanes <= count)
-        store(sums + t, load(sums + t) + total);
-      else
-        for (int i = 0; t + i < count; i++) sums[t + i] += ((const float*)&total)[i];
-    }
+    int64_t t = 0;
+    for (; t + 4 * kLanes <= count; t += 4 * kLanes) add_columns_of<4>(weights + t, shares, rows, sums + t);
+    for (; t + kLanes <= count; t += kLanes) add_columns_of<1>(weights + t, shares, rows, sums + t);
+    for (; t < count; t++)
+      for (int row = 0; row < rows; row++) sums[t] += weights[row * stride_ + t] * shares[row];
+  }
+
+  // Row by row, whose weights lie together.
+  template <int V>
+  void add_columns_of(const float* weights, const float* shares, int rows, float* sums) {
+    Floats totals[V];
+    for (int v = 0; v < V; v++) totals[v] = load(sums + v * kLanes);
+    for (int row = 0; row < rows; row++, weights += stride_)
+      for (int v = 0; v < V; v++) totals[v] += load(weights + v * kLanes) * shares[row];
+    for (int v = 0; v < V; v++) store(sums + v * kLanes, totals[v]);
   }
 
   const ColumnArguments& a_;

@@ -238,7 +238,7 @@ void recall(const Arguments& a) {
 
 // 0, or 1 where there is no kernel for the element type.
 extern "C" int calidrop_recall(const RecallArguments* a) {
-  if (a->head_dim % kLanes || a->padded_dim % kWordChannels || a->pages_per_block % kSums) return 1;
+  if (a->head_dim % kLanes || a->padded_dim % kWordChannels || a->pages_per_block % kLookSums) return 1;
   if (a->dtype == kFloat32)
     recall<float>(*a);
   else if (a->dtype == kBFloat16)

@@ -50,7 +50,7 @@ typedef Pair<Pair<Part>> Floats;
 
 // Sums of sixteen floats that stay in registers beside their operands: of logits, and of values.
 #if defined(__AVX512F__)
-constexpr int kSums = 8, kValueSums = 16;
+constexpr int kSums = 16, kValueSums = 16;
 #else
 constexpr int kSums = 4, kValueSums = 4;
 #endif

@@ -16,6 +16,7 @@ namespace calidrop {
 
 constexpr int kPage = 16;          // tokens
 constexpr int kWordChannels = 16;  // channels of a word of codes
+constexpr int kLookSums = kSums < 8 ? kSums : 8;  // pages times heads that are summed at once
 static_assert(kPage == kLanes, "a page is a vector");
 
 // The four levels by two bits (the lower: which size; the higher: the sign), for a vector of words of codes.
@@ -132,9 +133,9 @@ class PageShares {
         for (int d = 0; d < size; d++) turned_[d * count + i] = rotated_[d] * (scale / std::sqrt(float(size)));
       }
     };
-    for (; h + 4 <= heads; h += 4) turn(4), logits<4, kSums / 4>(sketch, h);
-    for (; h + 2 <= heads; h += 2) turn(2), logits<2, kSums / 2>(sketch, h);
-    for (; h < heads; h++) turn(1), logits<1, kSums>(sketch, h);
+    for (; h + 4 <= heads; h += 4) turn(4), logits<4, kLookSums / 4>(sketch, h);
+    for (; h + 2 <= heads; h += 2) turn(2), logits<2, kLookSums / 2>(sketch, h);
+    for (; h < heads; h++) turn(1), logits<1, kLookSums>(sketch, h);
     for (h = 0; h < heads; h++) shares(h, kept_lse[h]);
   }
 

@@ -1,7 +1,8 @@
 """The GPU operators in Triton (docs/gpu.md). Nothing of vLLM: `contract.py` says what they are called with.
 
-A decode step of a layer: `decode_step` = (a) `decode_kept`, (b) `reload_evicted`, (c) `merge_row`. A prompt: (d)
-`add_column_sums` scores it; (e) `copy_evicted`, `calibrate`, `gather_kept`, `scatter_kept` compact it, in this order.
+A decode step of a layer: `decode_step` = (a) `decode_kept`, (b) `reload_evicted` and, of encoded KV, `reload_encoded`,
+(c) `merge_row`. A prompt: (d) `add_column_sums` scores it; (e) `copy_evicted`, `calibrate`, `gather_kept`,
+`scatter_kept` compact it, in this order.
 Under TRITON_INTERPRET=1 they run on CPU tensors.
 """
 
@@ -10,6 +11,8 @@ from __future__ import annotations
 from vllm_calidrop.attention.ops.triton.calibrate import calibrate
 from vllm_calidrop.attention.ops.triton.compact import copy_evicted, gather_kept, scatter_kept
 from vllm_calidrop.attention.ops.triton.contract import (
+    NO_BUDGET,
+    RECOMPUTE,
     KVCache,
     Rows,
     Scratch,
@@ -21,12 +24,15 @@ from vllm_calidrop.attention.ops.triton.contract import (
     view_scratch,
 )
 from vllm_calidrop.attention.ops.triton.decode import decode_kept
+from vllm_calidrop.attention.ops.triton.encoded import reload_encoded
 from vllm_calidrop.attention.ops.triton.merge import merge_row
 from vllm_calidrop.attention.ops.triton.reload import reload_evicted
 from vllm_calidrop.attention.ops.triton.score import add_column_sums, score_scratch_elements
 from vllm_calidrop.attention.ops.triton.step import decode_step
 
 __all__ = [
+    "NO_BUDGET",
+    "RECOMPUTE",
     "KVCache",
     "Rows",
     "Scratch",
@@ -40,6 +46,7 @@ __all__ = [
     "gather_kept",
     "make_scratch",
     "merge_row",
+    "reload_encoded",
     "reload_evicted",
     "scatter_kept",
     "score_scratch_elements",

@@ -20,8 +20,9 @@ import torch
 import triton
 from torch import Tensor
 
-# Values of the decision buffer.
-PLAIN, MERGE, RECOMPUTE = 0, 1, 2
+# Values of the decision buffer. From RECOMPUTE on a head recomputes; less RECOMPUTE it is what the head does where the
+# read budget keeps its group from that.
+PLAIN, MERGE, RECOMPUTE, RECOMPUTE_OR_MERGE = 0, 1, 2, 3
 
 
 class Rows(NamedTuple):
@@ -41,13 +42,19 @@ class Rows(NamedTuple):
     block_table: Tensor
 
 
+NO_BUDGET = 1 << 30
+
+
 class Sequences(NamedTuple):
     """What holds for a sequence until it ends, by state slot; written when it is admitted or has been compacted.
 
     start: int [S], the first attended token, P - B, in the numbering of `Rows.end` and of the block table's columns.
     stored: int [S], evicted tokens per KV head in the swap pool; 0: no calibration state (also for recall by pages).
     theta1, theta2: float32 [S]. gate: int [S], values of `calibration.Gate`.
-    swap_blocks: int [S, W], stride(1) == 1; entries from ceil(stored / SWAP_BLOCK_TOKENS) on are never read.
+    swap_blocks: int [S, W], stride(1) == 1; entries beyond the blocks of `stored` tokens are never read.
+    codec: int [S], numbers of codecs. most_reads: int [S], KV heads whose evicted KV a step may read: those of lowest
+        similarity, ties to the lower head; NO_BUDGET: all.
+    layouts: int32 [codecs, fields], `cache/codecs/layout.py::layout_table`; not by slot.
 
     Slots of different rows of a step are distinct.
     """
@@ -58,6 +65,9 @@ class Sequences(NamedTuple):
     theta2: Tensor
     gate: Tensor
     swap_blocks: Tensor
+    codec: Tensor
+    most_reads: Tensor
+    layouts: Tensor
 
 
 class KVCache(NamedTuple):
@@ -88,7 +98,8 @@ class Scratch(NamedTuple):
 
     kept_out: float32 [N, Hq, splits, D], kept_lse: float32 [N, Hq, splits]: states over parts of the kept tokens.
     evicted_out, evicted_lse: the same over parts of the evicted ones, with splits of their own.
-    decision: int32 [N, Hq], PLAIN, MERGE or RECOMPUTE.
+    decision: int32 [N, Hq], PLAIN, MERGE, RECOMPUTE or RECOMPUTE_OR_MERGE.
+    similarity: float32 [N, H], of KV heads that want to read their evicted KV; inf of the others.
     Out of a split without tokens, and everything of a row that does not need it, is left as it was.
     """
 
@@ -97,6 +108,7 @@ class Scratch(NamedTuple):
     evicted_out: Tensor
     evicted_lse: Tensor
     decision: Tensor
+    similarity: Tensor
 
 
 # Programs that keep a large GPU busy (the interpreter runs them one after the other), and the most splits of one (row,
@@ -129,7 +141,7 @@ def _most(rows: int, kv_heads: int, splits: Callable[[int, int], int]) -> int:
 def scratch_bytes(rows: int, kv_heads: int, group: int, head_dim: int) -> int:
     """Bytes of `make_scratch` for any batch of up to `rows` rows."""
     states = _most(rows, kv_heads, splits_for) + _most(rows, kv_heads, evicted_splits_for)
-    return group * 4 * (states * (head_dim + 1) + rows * kv_heads)
+    return group * 4 * (states * (head_dim + 1) + rows * kv_heads) + 4 * rows * kv_heads
 
 
 def make_scratch(rows: int, kv_heads: int, group: int, head_dim: int, device: torch.device | str) -> Scratch:
@@ -145,6 +157,7 @@ def make_scratch(rows: int, kv_heads: int, group: int, head_dim: int, device: to
         evicted_out=torch.empty(evicted * head_dim, dtype=torch.float32, device=device),
         evicted_lse=torch.empty(evicted, dtype=torch.float32, device=device),
         decision=torch.empty(rows * kv_heads * group, dtype=torch.int32, device=device),
+        similarity=torch.empty(rows * kv_heads, dtype=torch.float32, device=device),
     )
 
 
@@ -159,4 +172,5 @@ def view_scratch(scratch: Scratch, rows: int, kv_heads: int, group: int, head_di
         evicted_out=scratch.evicted_out[: math.prod(evicted) * head_dim].view(*evicted, head_dim),
         evicted_lse=scratch.evicted_lse[: math.prod(evicted)].view(evicted),
         decision=scratch.decision[: rows * heads].view(rows, heads),
+        similarity=scratch.similarity[: rows * kv_heads].view(rows, kv_heads),
     )

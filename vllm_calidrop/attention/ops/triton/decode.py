@@ -25,7 +25,7 @@ GATE_GROUP_MEAN: tl.constexpr = tl.constexpr(int(Gate.GROUP_MEAN))
 def decode_kept(
     query: Tensor, cache: KVCache, rows: Rows, sequences: Sequences, state: State, scratch: Scratch, scale: float
 ) -> None:
-    """States over parts of each row's kept tokens into scratch.kept_*, decisions into scratch.decision.
+    """States over parts of each row's kept tokens into scratch.kept_*, decisions into the rest of it but evicted_*.
 
     query: [tokens, Hq, D], stride(2) == 1, the dtype of the cache. Grid: (N, H, splits).
     """
@@ -38,7 +38,7 @@ def decode_kept(
     decode_kernel[(num_rows, kv_heads, splits)](
         query, key, value, rows.block_table, rows.slot, rows.token, rows.end, sequences.start, sequences.stored,
         sequences.theta1, sequences.theta2, sequences.gate, state.query, scratch.kept_out, scratch.kept_lse,
-        scratch.decision, scale, query.stride(0), query.stride(1), *key.stride(), *value.stride(),
+        scratch.decision, scratch.similarity, scale, query.stride(0), query.stride(1), *key.stride(), *value.stride(),
         rows.block_table.stride(0), BLOCK_SIZE=block_size, KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim,
         SPLITS=splits, TILE_M=tiles.m, TILE_N=tiles.n, TILE_D=tiles.d, num_warps=tiles.warps, num_stages=tiles.stages,
         maxnreg=tiles.registers,
@@ -48,8 +48,8 @@ def decode_kept(
 @triton.jit
 def decode_kernel(  # type: ignore[no-untyped-def]  # annotations of a kernel are read as constants
     query, key, value, block_table, slot_of_row, token_of_row, end_of_row, start_of_slot, stored_of_slot, theta1,
-    theta2, gate, state_query, kept_out, kept_lse, decision, scale, query_token, query_head, key_block, key_head,
-    key_token, key_d, value_block, value_head, value_token, value_d, table_row,
+    theta2, gate, state_query, kept_out, kept_lse, decision, similarity, scale, query_token, query_head, key_block,
+    key_head, key_token, key_d, value_block, value_head, value_token, value_d, table_row,
     BLOCK_SIZE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
@@ -70,14 +70,16 @@ def decode_kernel(  # type: ignore[no-untyped-def]  # annotations of a kernel ar
     if split == 0:
         stored = tl.load(stored_of_slot + slot, mask=slot >= 0, other=0)
         choice = tl.zeros((TILE_M,), dtype=tl.int32) + PLAIN
+        alike = tl.full((), float("inf"), dtype=tl.float32)
         if stored > 0:
             place = (slot * KV_HEADS + kv_head) * GROUP + m
             old = tl.load(state_query + place[:, None] * HEAD_DIM + d[None, :], mask=both, other=0.0)
-            choice = decide(
+            choice, alike = decide(
                 q.to(tl.float32), old.to(tl.float32), tl.load(theta1 + slot), tl.load(theta2 + slot),
                 tl.load(gate + slot), in_group, GROUP,
             )  # fmt: skip
         tl.store(decision + row * (KV_HEADS * GROUP) + head, choice, mask=in_group)
+        tl.store(similarity + row * KV_HEADS + kv_head, alike)
 
     share = tl.cdiv(tl.cdiv(end - start, SPLITS), TILE_N) * TILE_N
     first = start + split * share
@@ -105,7 +107,8 @@ def decode_kernel(  # type: ignore[no-untyped-def]  # annotations of a kernel ar
 
 @triton.jit
 def decide(query, old, theta1, theta2, gate, in_group, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """`calibration.py::decide` for one group: int32 [M]; query, old: float32 [M, D], zero beyond group and head_dim."""
+    """`calibration.py::decide` for one group, without the read budget: int32 [M], and the group's similarity, inf where
+    no head wants to recompute. query, old: float32 [M, D], zero beyond group and head_dim."""
     norms = tl.sqrt(tl.sum(query * query, axis=1)) * tl.sqrt(tl.sum(old * old, axis=1))
     rho = tl.sum(query * old, axis=1) / tl.maximum(norms, 1.1754943508222875e-38)
     lowest = tl.min(tl.where(in_group, rho, float("inf")), axis=0)
@@ -114,4 +117,7 @@ def decide(query, old, theta1, theta2, gate, in_group, GROUP: tl.constexpr):  # 
     for_merge = tl.where(by_mean, mean, rho)
     for_recompute = tl.where(gate == GATE_GROUP, lowest, for_merge)
     choice = tl.where(for_merge > theta2, MERGE, PLAIN)
-    return tl.where(for_recompute < theta1, RECOMPUTE, choice).to(tl.int32)
+    wants = for_recompute < theta1
+    choice = tl.where(wants, RECOMPUTE + choice, choice).to(tl.int32)
+    some = tl.max((wants & in_group).to(tl.int32), axis=0) > 0
+    return choice, tl.where(some, tl.where(by_mean, mean, lowest), float("inf"))

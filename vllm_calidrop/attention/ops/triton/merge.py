@@ -10,9 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vllm_calidrop.attention.ops.triton.budget import are_barred, is_barred
 from vllm_calidrop.attention.ops.triton.contract import Rows, Scratch, Sequences, State
 from vllm_calidrop.attention.ops.triton.decode import MERGE, RECOMPUTE
 from vllm_calidrop.attention.ops.triton.tiles import power_of_two
+from vllm_calidrop.records import COUNTERS
+
+SKIPPED: tl.constexpr = tl.constexpr(COUNTERS.index("skipped"))
 
 
 def merge_row(
@@ -30,9 +34,10 @@ def merge_row(
     assert state.query.is_contiguous() and state.out.is_contiguous() and state.lse.is_contiguous()
     assert lse is None or lse.is_contiguous()
     merge_kernel[(num_rows, heads)](
-        query, out, lse, rows.slot, rows.token, rows.end, sequences.start, sequences.stored, scratch.kept_out,
-        scratch.kept_lse, scratch.evicted_out, scratch.evicted_lse, scratch.decision, state.query, state.out, state.lse,
-        state.counts, query.stride(0), query.stride(1), out.stride(0), out.stride(1), state.counts.stride(0),
+        query, out, lse, rows.slot, rows.token, rows.end, sequences.start, sequences.stored, sequences.most_reads,
+        scratch.kept_out, scratch.kept_lse, scratch.evicted_out, scratch.evicted_lse, scratch.decision,
+        scratch.similarity, state.query, state.out, state.lse, state.counts,
+        query.stride(0), query.stride(1), out.stride(0), out.stride(1), state.counts.stride(0),
         KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, KEPT_SPLITS=kept_splits,
         EVICTED_SPLITS=scratch.evicted_lse.shape[2], TILE_H=power_of_two(kv_heads), TILE_M=power_of_two(group),
         TILE_D=power_of_two(head_dim), num_warps=1,
@@ -41,8 +46,9 @@ def merge_row(
 
 @triton.jit
 def merge_kernel(  # type: ignore[no-untyped-def]  # annotations of a kernel are read as constants
-    query, out, lse, slot_of_row, token_of_row, end_of_row, start_of_slot, stored_of_slot, kept_out, kept_lse,
-    evicted_out, evicted_lse, decision, state_query, state_out, state_lse, counts, query_token, query_head, out_token,
+    query, out, lse, slot_of_row, token_of_row, end_of_row, start_of_slot, stored_of_slot, most_reads, kept_out,
+    kept_lse, evicted_out, evicted_lse, decision, similarity, state_query, state_out, state_lse, counts,
+    query_token, query_head, out_token,
     out_head, counts_slot,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, KEPT_SPLITS: tl.constexpr,
     EVICTED_SPLITS: tl.constexpr, TILE_H: tl.constexpr, TILE_M: tl.constexpr, TILE_D: tl.constexpr,
@@ -62,9 +68,12 @@ def merge_kernel(  # type: ignore[no-untyped-def]  # annotations of a kernel are
     token = tl.load(token_of_row + row).to(tl.int64)
     stored = tl.load(stored_of_slot + slot, mask=compacted, other=0)
     if stored > 0:
+        most = tl.load(most_reads + slot)
         choice = tl.load(decision + of_row)
+        if choice >= RECOMPUTE:
+            choice -= RECOMPUTE * is_barred(similarity, row, head // GROUP, most, KV_HEADS, TILE_H).to(tl.int32)
         place = slot * heads + head
-        if choice == RECOMPUTE:
+        if choice >= RECOMPUTE:
             fresh, fresh_log = combine_splits(evicted_out, evicted_lse, of_row, d, in_head, EVICTED_SPLITS, HEAD_DIM)
             q = tl.load(query + token * query_token + head * query_head + d, mask=in_head, other=0.0)
             tl.store(state_query + place * HEAD_DIM + d, q, mask=in_head)
@@ -75,7 +84,7 @@ def merge_kernel(  # type: ignore[no-untyped-def]  # annotations of a kernel are
             old = tl.load(state_out + place * HEAD_DIM + d, mask=in_head, other=0.0)
             answer, log = merge_two(answer, log, old, tl.load(state_lse + place))
         if head == 0:
-            count(decision, counts, row, slot, counts_slot, KV_HEADS, GROUP, TILE_H, TILE_M)
+            count(decision, similarity, most, counts, row, slot, counts_slot, KV_HEADS, GROUP, TILE_H, TILE_M)
     tl.store(out + token * out_token + head * out_head + d, answer.to(out.dtype.element_ty), mask=in_head)
     if lse is not None:
         tl.store(lse + of_row, log)
@@ -111,13 +120,16 @@ def combine_splits(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def count(  # type: ignore[no-untyped-def]
-    decision, counts, row, slot, counts_slot, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, TILE_H: tl.constexpr,
-    TILE_M: tl.constexpr
+    decision, similarity, most, counts, row, slot, counts_slot, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_M: tl.constexpr
 ):  # fmt: skip
-    """Add a row's decisions to recomputes, merges, plain and group_reads (records.COUNTERS); one program per row."""
+    """Add a row's decisions to recomputes, merges, plain, group_reads and skipped (records.COUNTERS); one program per
+    row."""
     h, m = tl.arange(0, TILE_H)[:, None], tl.arange(0, TILE_M)[None, :]
     choice = tl.load(decision + row * (KV_HEADS * GROUP) + h * GROUP + m, mask=(h < KV_HEADS) & (m < GROUP), other=-1)
-    recomputed = (choice == RECOMPUTE).to(tl.int32)
+    barred = are_barred(similarity, row, most, KV_HEADS, TILE_H)
+    choice = tl.where(choice >= RECOMPUTE, choice - RECOMPUTE * barred[:, None], choice)
+    recomputed = (choice >= RECOMPUTE).to(tl.int32)
     recomputes = tl.sum(tl.sum(recomputed, axis=1), axis=0)
     merges = tl.sum(tl.sum((choice == MERGE).to(tl.int32), axis=1), axis=0)
     reads = tl.sum(tl.max(recomputed, axis=1), axis=0)
@@ -127,3 +139,4 @@ def count(  # type: ignore[no-untyped-def]
     tl.store(at + 1, tl.load(at + 1) + merges)
     tl.store(at + 2, tl.load(at + 2) + plain)
     tl.store(at + 3, tl.load(at + 3) + reads)
+    tl.store(at + SKIPPED, tl.load(at + SKIPPED) + tl.sum(barred, axis=0))

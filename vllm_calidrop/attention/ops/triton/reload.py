@@ -11,16 +11,17 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_calidrop.attention.ops.triton.attend import LOG2_E, attend_tile, store_partial
+from vllm_calidrop.attention.ops.triton.budget import is_barred
 from vllm_calidrop.attention.ops.triton.contract import Rows, Scratch, Sequences
 from vllm_calidrop.attention.ops.triton.decode import RECOMPUTE
 from vllm_calidrop.attention.ops.triton.pages import load_evicted
-from vllm_calidrop.attention.ops.triton.tiles import tiles_for
+from vllm_calidrop.attention.ops.triton.tiles import power_of_two, tiles_for
 
 
 def reload_evicted(
     query: Tensor, pages: Tensor, rows: Rows, sequences: Sequences, scratch: Scratch, scale: float
 ) -> None:
-    """States over parts of the evicted tokens into scratch.evicted_*, of groups in which a head decided RECOMPUTE.
+    """States over parts of the evicted tokens into scratch.evicted_*, of groups that read them and have no codec.
 
     query: as for `decode_kept`. pages: one layer of the swap pool, [blocks, H, PAGES_PER_BLOCK, 2, PAGE_TOKENS, D], on
     the device or pinned host memory seen as a device tensor. Evicted KV is read once for all heads of a group.
@@ -33,18 +34,20 @@ def reload_evicted(
     assert query.stride(2) == 1 and sequences.swap_blocks.stride(1) == 1 and pages[:1, :1].is_contiguous()
     reload_kernel[(num_rows, kv_heads, splits)](
         query, pages, rows.slot, rows.token, rows.end, sequences.start, sequences.stored, sequences.swap_blocks,
-        scratch.evicted_out, scratch.evicted_lse, scratch.decision, scale, query.stride(0), query.stride(1),
-        pages.stride(0), pages.stride(1), sequences.swap_blocks.stride(0), KV_HEADS=kv_heads, GROUP=group,
-        HEAD_DIM=head_dim, SPLITS=splits, TILE_M=tiles.m, TILE_N=tiles.n, TILE_D=tiles.d, num_warps=tiles.warps,
+        sequences.codec, sequences.most_reads, scratch.evicted_out, scratch.evicted_lse, scratch.decision,
+        scratch.similarity, scale, query.stride(0), query.stride(1), pages.stride(0), pages.stride(1),
+        sequences.swap_blocks.stride(0), KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, SPLITS=splits,
+        TILE_H=power_of_two(kv_heads), TILE_M=tiles.m, TILE_N=tiles.n, TILE_D=tiles.d, num_warps=tiles.warps,
         num_stages=tiles.stages, maxnreg=tiles.registers,
     )  # fmt: skip
 
 
 @triton.jit
 def reload_kernel(  # type: ignore[no-untyped-def]  # annotations of a kernel are read as constants
-    query, pages, slot_of_row, token_of_row, end_of_row, start_of_slot, stored_of_slot, swap_blocks, evicted_out,
-    evicted_lse, decision, scale, query_token, query_head, page_block, page_head, table_slot,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr,
+    query, pages, slot_of_row, token_of_row, end_of_row, start_of_slot, stored_of_slot, swap_blocks, codec_of_slot,
+    most_reads, evicted_out, evicted_lse, decision, similarity, scale, query_token, query_head, page_block, page_head,
+    table_slot,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, TILE_H: tl.constexpr,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_D: tl.constexpr,
 ):  # fmt: skip
     """One program: a split of the evicted tokens of one (row, KV head), for all query heads of its group."""
@@ -54,13 +57,14 @@ def reload_kernel(  # type: ignore[no-untyped-def]  # annotations of a kernel ar
         return
     if tl.load(end_of_row + row) <= tl.load(start_of_slot + slot):
         return
+    if tl.load(codec_of_slot + slot) != 0:
+        return
+    if not reads(decision, similarity, most_reads, row, slot, kv_head, KV_HEADS, GROUP, TILE_H, TILE_M):
+        return
     m, d = tl.arange(0, TILE_M), tl.arange(0, TILE_D)
     in_group, in_head = m < GROUP, d < HEAD_DIM
     head = kv_head * GROUP + m
     of_row = row * (KV_HEADS * GROUP) + head
-    choice = tl.load(decision + of_row, mask=in_group, other=0)
-    if tl.max(choice, axis=0) < RECOMPUTE:
-        return
     token = tl.load(token_of_row + row).to(tl.int64)
     q = tl.load(
         query + token * query_token + head[:, None] * query_head + d[None, :],
@@ -82,3 +86,15 @@ def reload_kernel(  # type: ignore[no-untyped-def]  # annotations of a kernel ar
         )
         top, total, acc = attend_tile(q, keys_t, values, exists, scale * LOG2_E, top, total, acc)
     store_partial(evicted_out, evicted_lse, top, total, acc, of_row, split, in_group, SPLITS, HEAD_DIM, TILE_D)
+
+
+@triton.jit
+def reads(  # type: ignore[no-untyped-def]
+    decision, similarity, most_reads, row, slot, kv_head, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
+    TILE_H: tl.constexpr, TILE_M: tl.constexpr
+):  # fmt: skip
+    """Whether a KV head's evicted KV is read: a query head wants it and the read budget lets it."""
+    m = tl.arange(0, TILE_M)
+    choice = tl.load(decision + row * (KV_HEADS * GROUP) + kv_head * GROUP + m, mask=m < GROUP, other=0)
+    wants = tl.max(choice, axis=0) >= RECOMPUTE
+    return wants & (is_barred(similarity, row, kv_head, tl.load(most_reads + slot), KV_HEADS, TILE_H) == 0)

@@ -1,4 +1,4 @@
-"""One decode step of one layer: Algorithm 2 for all rows of a batch, in three launches."""
+"""One decode step of one layer: Algorithm 2 for all rows of a batch, in four launches."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from torch import Tensor
 
 from vllm_calidrop.attention.ops.triton.contract import KVCache, Rows, Scratch, Sequences, State
 from vllm_calidrop.attention.ops.triton.decode import decode_kept
+from vllm_calidrop.attention.ops.triton.encoded import reload_encoded
 from vllm_calidrop.attention.ops.triton.merge import merge_row
 from vllm_calidrop.attention.ops.triton.reload import reload_evicted
 
@@ -21,4 +22,5 @@ def decode_step(
     """
     decode_kept(query, cache, rows, sequences, state, scratch, scale)
     reload_evicted(query, pages, rows, sequences, scratch, scale)
+    reload_encoded(query, pages, rows, sequences, scratch, scale)
     merge_row(query, out, rows, sequences, state, scratch, lse)

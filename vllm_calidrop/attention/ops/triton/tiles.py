@@ -35,3 +35,16 @@ def tiles_for(group: int, head_dim: int) -> Tiles:
         stages=3 if d <= 128 else 2,
         registers=128 if head_dim == 128 else None,
     )
+
+
+def encoded_tiles_for(group: int, head_dim: int) -> Tiles:
+    """Of codes. Their tiles are not loaded ahead: how wide they are is known only when the kernel runs."""
+    d = max(16, power_of_two(head_dim))
+    return Tiles(
+        m=max(16, power_of_two(group)),
+        n=max(16, min(64, 2048 // d)),
+        d=d,
+        warps=8,
+        stages=1,
+        registers=168 if d <= 128 else None,
+    )
