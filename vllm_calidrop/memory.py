@@ -66,12 +66,16 @@ def footprint(shape: ModelShape, num_slots: int, settings: ServerSettings) -> Fo
     kv = shape.num_kv_heads * tokens * 2 * shape.head_dim * (3 * item + 4)
     # Logits and their softmax for one tile of queries.
     scores = 2 * shape.num_query_heads * QUERY_TILE * tokens * 4
-    # One swap block of tokens of the densest codec, K and V, in fp32 while it is encoded: six copies at once.
-    encode = shape.num_kv_heads * densest_block(shape) * 2 * shape.head_dim * 4 * 6
+    encode = encode_bytes(shape)
     # The evicted keys centred, rotated, normalised and as magnitudes, in fp32, when they are sketched.
     sketch = shape.num_kv_heads * tokens * padded_dim(shape.head_dim) * 4 * 4
     recall = num_slots * RecallStore.slot_bytes(shape.num_layers, shape.num_kv_heads, shape.head_dim)
     return Footprint(num_slots * slot, recall, settings.prefill_state_bytes, kv + scores + sketch + encode)
+
+
+def encode_bytes(shape: ModelShape) -> int:
+    """A swap block of tokens of the densest codec, K and V, in fp32 while it is encoded: six copies at once."""
+    return shape.num_kv_heads * densest_block(shape) * 2 * shape.head_dim * 4 * 6
 
 
 def densest_block(shape: ModelShape) -> int:

@@ -27,12 +27,15 @@ def test_figures_come_from_the_rows() -> None:
     rows.append({**rows[0], "load": {"concurrency": 4}, "output_throughput": 1.0})
     lines = summary.table({"serve": rows}).splitlines()[2:]
     measured = [line.split(" | ")[-1].removesuffix(" |") for line in lines]
-    assert measured == ["1.00", "1.05", "1.10", "0.75", "1.20", "1.50"]
+    medians = ["1.00 (0.99)", "1.05 (1.10)", "1.10 (1.00)"]  # and the fastest repeats
+    assert measured == [*medians, "0.75 (0.75)", "1.20 (1.20)", "1.50 (1.50)"]
+    coded = {**rows[5], "variant": "CaliDrop .7/.85, int8", "output_throughput": 180.0}
+    assert "int8, to eviction only: output tokens/s |  | 0.90 (0.90) |" in summary.table({"serve": [*rows, coded]})
     longer = [
         {**row, "name": "without a budget", "output_throughput": 2 * row["output_throughput"]} for row in rows[:1]
     ]
     longer.append({**rows[2], "name": "without a budget"})
-    assert "to stock: output tokens/s | ≥ 0.98 | 0.49 |" in summary.table({"serve": rows + longer})
+    assert "to stock: output tokens/s | ≥ 0.98 | 0.49 (0.49) |" in summary.table({"serve": rows + longer})
 
 
 def test_parts_that_were_not_run_are_left_out() -> None:

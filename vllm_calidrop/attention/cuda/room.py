@@ -9,7 +9,8 @@ import torch
 from vllm_calidrop.attention.cuda.host_pool import staging_bytes
 from vllm_calidrop.attention.cuda.worker import CaliDropCudaWorker
 from vllm_calidrop.attention.ops.triton import score_scratch_elements
-from vllm_calidrop.memory import ModelShape
+from vllm_calidrop.cache.swap import BLOCKS_AT_ONCE, SwapPool
+from vllm_calidrop.memory import ModelShape, densest_block, encode_bytes
 from vllm_calidrop.settings import ServerSettings
 from vllm_calidrop.state_table import StateTable
 
@@ -35,12 +36,17 @@ def device_bytes(shape: ModelShape, num_slots: int, max_rows: int, max_chunk: in
 
 
 def compaction_bytes(shape: ModelShape, max_chunk: int) -> int:
-    """Scratch of the largest prompt's compaction in one layer: scores of a chunk, ranking, and the kept tokens' KV."""
+    """Scratch of the largest prompt's compaction in one layer: scores of a chunk, ranking, the kept tokens' KV, and of
+    encoding: the tokens of some blocks in the cache's dtype, one block's in fp32, and the encoded blocks."""
     group = shape.num_query_heads // shape.num_kv_heads
     chunks = [min(max_chunk, 1 << power) for power in range(max_chunk.bit_length() + 1)]
     scores = 4 * max(score_scratch_elements(chunk, shape.num_kv_heads, group) for chunk in chunks)
     per_token = 2 * shape.head_dim * shape.dtype.itemsize + RANKING_BYTES
-    return scores + shape.num_kv_heads * shape.max_model_len * per_token
+    block = densest_block(shape) * 2 * shape.head_dim * shape.dtype.itemsize
+    blocks = BLOCKS_AT_ONCE * (
+        shape.num_kv_heads * block + SwapPool.block_bytes(1, shape.num_kv_heads, shape.head_dim, shape.dtype)
+    )
+    return scores + shape.num_kv_heads * shape.max_model_len * per_token + blocks + encode_bytes(shape)
 
 
 def leave_room_on_device(
