@@ -10,6 +10,8 @@ from vllm_calidrop.cache.layout import PAGE_TOKENS, PAGES_PER_BLOCK
 
 # Blocks of each KV head that are encoded before they are stored.
 BLOCKS_AT_ONCE = 4
+# What blocks are moved by: torch moves what it indexes element by element.
+WORD = torch.int64
 
 
 class SwapLedger:
@@ -68,7 +70,7 @@ class SwapPool:
         parts = (block_ids.split(BLOCKS_AT_ONCE), keys.split(tokens, dim=1), values.split(tokens, dim=1))
         for ids, some_keys, some_values in zip(*parts, strict=True):
             encoded = encoding.encode(some_keys, some_values)
-            self.memory[layer, ids] = encoded.blocks.transpose(0, 1)
+            self.memory.view(WORD)[layer, ids] = encoded.blocks.view(WORD).transpose(0, 1)
             refused |= encoded.refused
         return refused
 
@@ -78,7 +80,7 @@ class SwapPool:
         T = blocks * tokens_per_block of the codec with this number; the caller masks what lies beyond a pair's own
         tokens.
         """
-        blocks = self.memory[layer][block_ids, kv_heads[:, None]]
+        blocks = self.memory.view(WORD)[layer][block_ids, kv_heads[:, None]].view(torch.uint8)
         keys, values = self.codecs[codec].decode(blocks.flatten(0, 1))
         return keys.reshape(len(kv_heads), -1, keys.shape[-1]), values.reshape(len(kv_heads), -1, values.shape[-1])
 
