@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -20,8 +22,9 @@ def run(interpret: str, *command: str) -> str:
     return done.stdout
 
 
-def test_under_the_interpreter() -> None:
-    run("1", "-m", "pytest", "tests/kernels", "-q", "-x", "-p", "no:cacheprovider")
+@pytest.mark.parametrize("file", sorted((ROOT / "tests" / "kernels").glob("test_*.py")), ids=lambda file: file.stem)
+def test_under_the_interpreter(file: Path) -> None:
+    run("1", "-m", "pytest", str(file), "-q", "-x", "-p", "no:cacheprovider")
 
 
 COMPILED = """
