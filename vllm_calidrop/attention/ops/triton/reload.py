@@ -38,7 +38,7 @@ def reload_evicted(
         scratch.similarity, scale, query.stride(0), query.stride(1), pages.stride(0), pages.stride(1),
         sequences.swap_blocks.stride(0), KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, SPLITS=splits,
         TILE_H=power_of_two(kv_heads), TILE_M=tiles.m, TILE_N=tiles.n, TILE_D=tiles.d, num_warps=tiles.warps,
-        num_stages=tiles.stages, maxnreg=tiles.registers,
+        num_stages=tiles.stages, maxnreg=tiles.registers and tiles.registers + 16,  # the bus is what it waits for
     )  # fmt: skip
 
 
