@@ -74,12 +74,13 @@ XFORMERS_VALUES: dict[str, tuple[Any, ...]] = {**CUDA_VALUES, "kv_codec": ("none
 
 def refuse_settings(settings: RequestSettings) -> None:
     """Raise SettingsError, naming the field, for a request whose settings this platform has no kernels for."""
-    from vllm_calidrop.attention.ops import gpu
     from vllm_calidrop.flavour import uses_cuda_flavour
     from vllm_calidrop.settings import SettingsError
 
     if not settings.calibrates or not uses_cuda_flavour():
         return
+    from vllm_calidrop.attention.ops import gpu
+
     by_xformers = gpu.choice() == "xformers"
     for name, values in (XFORMERS_VALUES if by_xformers else CUDA_VALUES).items():
         value = getattr(settings, name, values[0])
