@@ -201,18 +201,20 @@ class Columns {
     int64_t t = 0;
     for (; t + 4 * kLanes <= count; t += 4 * kLanes) add_columns_of<4>(weights + t, shares, rows, sums + t);
     for (; t + kLanes <= count; t += kLanes) add_columns_of<1>(weights + t, shares, rows, sums + t);
-    for (; t < count; t++)
-      for (int row = 0; row < rows; row++) sums[t] += weights[row * stride_ + t] * shares[row];
+    for (; t < count; t++) {
+      float total = 0;
+      for (int row = 0; row < rows; row++) total += weights[row * stride_ + t] * shares[row];
+      sums[t] += total;
+    }
   }
 
-  // Row by row, whose weights lie together.
+  // Row by row, whose weights lie together; added up first, as small shares would be lost in a large sum.
   template <int V>
   void add_columns_of(const float* weights, const float* shares, int rows, float* sums) {
-    Floats totals[V];
-    for (int v = 0; v < V; v++) totals[v] = load(sums + v * kLanes);
+    Floats totals[V] = {};
     for (int row = 0; row < rows; row++, weights += stride_)
       for (int v = 0; v < V; v++) totals[v] += load(weights + v * kLanes) * shares[row];
-    for (int v = 0; v < V; v++) store(sums + v * kLanes, totals[v]);
+    for (int v = 0; v < V; v++) store(sums + v * kLanes, load(sums + v * kLanes) + totals[v]);
   }
 
   const ColumnArguments& a_;

@@ -255,7 +255,7 @@ inline Pair<V> exp_nonpositive(Pair<V> x) {
   return {exp_nonpositive(x.lo), exp_nonpositive(x.hi)};
 }
 
-// 2^t for t <= 0, finite, within 2e-7; 0 far below.
+// 2^t for t <= 0, finite, within 2e-7; 0 below -126, on every CPU: scores that underflow are equal.
 inline Part exp2_nonpositive(Part t) {
 #if defined(__AVX512F__)
   const Part n = _mm512_maskz_roundscale_ps(0xffff, t, 0);
@@ -272,7 +272,7 @@ inline Part exp2_nonpositive(Part t) {
   p = p * r + 6.9314697760e-1f;
   p = p * r + 1.0f;
 #if defined(__AVX512F__)
-  return _mm512_maskz_scalef_ps(0xffff, p, n);
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(t, Part{} - 126.0f, _CMP_GE_OQ), p, n);
 #else
   return t < -126.0f ? Part{} : (Part)((PartInts)p + (((PartInts)shifted - (PartInts)magic) << 23));
 #endif
