@@ -44,7 +44,6 @@ class Workload:
     scratch: ops.Scratch
     scale: float
     kept_bytes: int
-    evicted_bytes: int
 
     def step(self, op: DecodeStep = ops.decode_step) -> Call:
         """One decode step of the layer."""
@@ -108,7 +107,6 @@ def make(
         scratch=ops.view_scratch(scratch, batch, kv_heads, group, head_dim),
         scale=head_dim**-0.5,
         kept_bytes=batch * kept * per_token,
-        evicted_bytes=batch * evicted * per_token,
     )  # fmt: skip
     workload.recompute(0)
     return workload

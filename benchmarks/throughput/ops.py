@@ -15,6 +15,7 @@ from vllm_calidrop.attention.ops import cpu, native, recall
 from vllm_calidrop.attention.ops.decode import RecallOp
 from vllm_calidrop.attention.ops.native import recall as native_recall
 from vllm_calidrop.attention.ops.packed import PackedCache
+from vllm_calidrop.cache.codecs import codec_of, number_of
 from vllm_calidrop.cache.layout import SWAP_BLOCK_TOKENS, swap_blocks_for
 from vllm_calidrop.cache.swap import SwapPool
 from vllm_calidrop.recall.store import RecallRows, RecallStore
@@ -23,7 +24,8 @@ from vllm_calidrop.state_table import StateTable
 
 @dataclass(frozen=True)
 class OpCase:
-    """One layer of one decode step. stored: evicted tokens per KV head on the host (0: eviction only)."""
+    """One layer of one decode step. stored: evicted tokens per KV head on the host (0: eviction only), as codec has
+    them."""
 
     rows: int = 16
     query_heads: int = 16
@@ -34,6 +36,7 @@ class OpCase:
     theta1: float = 0.7
     dtype: str = "bfloat16"
     block_size: int = 32
+    codec: str = "none"
 
 
 CASES = [
@@ -51,7 +54,11 @@ LOOKS = [
     OpCase(stored=stored, kept=128, head_dim=head_dim, query_heads=query_heads)
     for stored, head_dim, query_heads in ((1024, 64, 16), (4096, 64, 16), (4096, 128, 16), (4096, 64, 4))
 ]
-RELOADS = [OpCase(stored=stored, theta1=2.0, kept=128) for stored in (1024, 4096, 8192)]
+RELOADS = [OpCase(stored=stored, theta1=2.0, kept=128) for stored in (1024, 4096, 8192)] + [
+    OpCase(stored=4096, theta1=2.0, kept=128, head_dim=128, dtype=dtype, codec=codec)
+    for dtype in ("bfloat16", "float32")
+    for codec in ("none", "fp8", "int8", "int4", "int2")
+]
 
 
 LAYERS = 8  # a step goes through that many caches, so that no layer finds its own still in the CPU's
@@ -81,6 +88,12 @@ class Layer:
         width = max(1, -(-case.stored // SWAP_BLOCK_TOKENS))
         self.pool = SwapPool(1, case.rows * width, case.kv_heads, case.head_dim, dtype)
         self.pool.pages.normal_()
+        swap_blocks = torch.randperm(case.rows * width).view(case.rows, width)
+        if case.codec != "none":
+            evicted = torch.randn((2, case.kv_heads, case.stored, case.head_dim)).to(dtype)
+            needed = codec_of(case.codec, case.head_dim, dtype).blocks_for(case.stored)
+            for blocks_of_row in swap_blocks:
+                self.pool.write(0, blocks_of_row[:needed], *evicted, case.codec)
         self.table = StateTable(1, case.rows, case.kv_heads, group, case.head_dim, dtype)
         count = case.rows if case.stored else 0
         self.rows = DecodeRows(
@@ -95,8 +108,9 @@ class Layer:
             theta1=torch.full((count,), case.theta1),
             theta2=torch.full((count,), max(case.theta1, 0.85)),
             gate=torch.zeros(count, dtype=torch.int64),
-            swap_blocks=torch.randperm(case.rows * width).view(case.rows, width)[:count],
+            swap_blocks=swap_blocks[:count],
             stored=torch.full((count,), case.stored),
+            codec=None if case.codec == "none" else torch.full((count,), number_of(case.codec)),
         )
         self.seq_lens = self.rows.end.int()
         self.starts = torch.arange(case.rows + 1, dtype=torch.int32)
@@ -187,8 +201,8 @@ def _operators(case: OpCase, repeats: int) -> dict[str, Any]:
 
 
 def _reload(case: OpCase, repeats: int) -> dict[str, Any]:
-    """Every group recomputes: what that adds to a step, against a plain sum over the same bytes."""
-    step, without = Layer(case), Layer(OpCase(**{**asdict(case), "stored": 0}))
+    """Every group recomputes: what that adds to a step, against a plain sum over the KV's bytes without a codec."""
+    step, without = Layer(case), Layer(OpCase(**{**asdict(case), "stored": 0, "codec": "none"}))
     plain = step.pool.pages.view(torch.int64).flatten()
     seconds = interleaved({"native": step.native, "without": without.native, "read": plain.sum}, repeats)
     gib = plain.nbytes / 2**30

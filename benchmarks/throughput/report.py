@@ -67,7 +67,8 @@ def _ops(found: dict[str, Any]) -> list[str]:
         for r in found["operators"]
     ]  # fmt: skip
     reload = [
-        [r["case"]["stored"], f"{r['gib']:.3f}", *(f"{r['best_seconds_per_gib'][n]:.3f}" for n in ("reload", "read")),
+        [r["case"]["stored"], r["case"]["codec"], r["case"]["dtype"], r["case"]["head_dim"], f"{r['gib']:.3f}",
+         *(f"{r['best_seconds_per_gib'][n]:.3f}" for n in ("reload", "read")),
          _ratio(r["reload_to_read"])]
         for r in found["reload"]
     ]  # fmt: skip
@@ -79,8 +80,9 @@ def _ops(found: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
     return [
         "## The decode operator, one layer of 16 rows (ms per layer; median ratio and quartiles)", _table(head, rows),
-        "## Reading evicted KV again (16 rows, all groups): seconds per GiB, against a plain sum over the same bytes",
-        _table(["evicted tokens", "GiB", "reload", "plain read", "reload / read"], reload),
+        "## Reading evicted KV again (16 rows, all groups): s per GiB of KV without a codec, against a plain sum",
+        _table(["evicted tokens", "codec", "dtype", "head_dim", "GiB", "reload", "plain read", "reload / read"],
+               reload),
         "## A look of recall by pages, one layer of 16 rows, all groups look (ms per layer)",
         _table(["evicted tokens", "heads", "head_dim", "native", "torch", "attention over 128 kept",
                 "plain sum over the evicted KV", "torch / native", "native / kept", "native / plain sum"], looks),

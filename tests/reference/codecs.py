@@ -121,6 +121,23 @@ class _Range:
             candidates = [self.scale, *(_up(step * part) for part in (0.9, 0.8, 0.7, 0.6, 0.5))]
             best = torch.stack([self._squares(x, scale) for scale in candidates]).min(0).indices
             self.scale = torch.stack(candidates).gather(0, best.unsqueeze(0))[0]
+            self._fit(x)
+
+    def _fit(self, x: Tensor) -> None:
+        """Four times a straight line through numbers and what they stand for, each column its own; the best is kept."""
+        best, least = (self.offset, self.scale), self._squares(x, self.scale)
+        for _ in range(4):
+            number = torch.where(self.scale > 0, self.coded(x) / self.scale, 0.0)
+            away = number - number.mean(0)
+            spread = away.square().mean(0)
+            slope = ((away * (x - x.mean(0))).mean(0) / spread).bfloat16().float()
+            self.scale = torch.where(spread > 0, slope, self.scale)
+            self.offset = (x.mean(0) - self.scale * number.mean(0)).bfloat16().float()
+            squares = self._squares(x, self.scale)
+            better = squares < least
+            best = tuple(torch.where(better, new, old) for new, old in zip((self.offset, self.scale), best))
+            least = torch.where(better, squares, least)
+        self.offset, self.scale = best
 
     def _squares(self, x: Tensor, scale: Tensor) -> Tensor:
         self.scale = scale

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.reference.codecs import stored_as
 from vllm_calidrop.cache.codecs import CODECS, NAMES, Codec, GroupedCodec, codec_of, number_of
 from vllm_calidrop.cache.codecs.grouped import NOWHERE, bfloat16_above, bfloat16_below
 from vllm_calidrop.cache.codecs.outliers import outlier_tokens
@@ -31,6 +32,18 @@ def decoded(codec: Codec, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]
 
 def plain_keys(dtype: torch.dtype = torch.bfloat16, tokens: int = TOKENS, seed: int = 0) -> Tensor:
     return torch.randn((HEADS, tokens, HEAD_DIM), generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_equals_the_reference(name: str) -> None:
+    """Written apart (tests/reference): but for a code in ten thousand on an edge that rounding decides."""
+    torch.manual_seed(3)
+    keys = torch.randn((1, 300, 64)) * torch.rand(64) * 4 + torch.randn(64)
+    values = torch.randn((1, 300, 64))
+    found = torch.stack(decoded(codec_of(name, 64, torch.float32), keys, values))[:, 0]
+    wanted = torch.stack(stored_as(name, keys[0], values[0]))
+    differs = ~torch.isclose(found, wanted, rtol=1e-5, atol=1e-5)
+    assert differs.float().mean() <= 1e-4, differs.sum()
 
 
 def one_outlier_channel() -> Tensor:

@@ -18,7 +18,7 @@ from vllm_calidrop.attention.ops.native import build
 from vllm_calidrop.attention.ops.native import recall as in_native
 from vllm_calidrop.cache.layout import pages_for, swap_blocks_for
 from vllm_calidrop.cache.swap import SwapPool
-from vllm_calidrop.calibration import AttentionState, attention_state, cosine, merge_states
+from vllm_calidrop.calibration import AttentionState, cosine, merge_states
 from vllm_calidrop.recall.looks import page_shares
 from vllm_calidrop.recall.sketch import estimate
 from vllm_calidrop.recall.store import RecallStore
@@ -186,11 +186,11 @@ def test_every_page_at_every_step_is_full_attention(op: RecallOp, how: How, monk
         for i in range(len(rows.rows)):
             blocks = rows.swap_blocks[i, : swap_blocks_for(int(rows.stored[i]))].expand(2, -1)
             keys, values = case.pool.read(LAYER, blocks, torch.arange(2))
-            exists = torch.arange(keys.shape[1]) < rows.stored[i]
-            grouped = queries[case.where[i]].view(2, 3, 64)
-            evicted = attention_state(grouped, keys, values, SCALE, exists.expand(2, -1))
-            expected = merge_states(AttentionState(kept.out[i], kept.lse[i]), evicted).out
-            torch.testing.assert_close(out[case.where[i]].view(2, 3, 64), expected, rtol=1e-5, atol=5e-6)
+            keys, values = (x[:, : int(rows.stored[i])].double() for x in (keys, values))
+            logits = queries[case.where[i]].view(2, 3, 64).double() @ keys.transpose(1, 2) * SCALE
+            evicted = AttentionState(logits.softmax(-1) @ values, logits.logsumexp(-1))
+            expected = merge_states(AttentionState(kept.out[i].double(), kept.lse[i].double()), evicted).out.float()
+            torch.testing.assert_close(out[case.where[i]].view(2, 3, 64), expected, rtol=1e-5, atol=3e-6)
 
 
 def test_threads_share_the_rows() -> None:

@@ -135,9 +135,9 @@ void attend_evicted(const Arguments& a, int64_t index, int64_t kv_head, int head
   attention.template finish<kKeyPlain, kValuePlain>();
 }
 
-// The same of encoded tokens, group by group.
+// The same of a KV head's encoded tokens, group by group.
 template <class T>
-void attend_encoded(const Arguments& a, int64_t index, int64_t kv_head, int heads, Scratch<T>& s) {
+void attend_codes(const Arguments& a, int64_t index, int64_t kv_head, int heads, Scratch<T>& s) {
   const CodecLayout& layout = a.codecs[a.codec[index]];
   const int64_t* blocks = a.swap_blocks + index * a.swap_stride;
   s.encoded.groups.clear();
@@ -161,7 +161,7 @@ void recompute(const Arguments& a, int64_t index, int64_t kv_head, const T* quer
       std::copy_n(s.query.data() + h * head_dim, head_dim, s.asked.data() + asking++ * head_dim);
   if (!asking) return;
   if (a.codec && a.codec[index])
-    attend_encoded<T>(a, index, kv_head, asking, s);
+    attend_codes<T>(a, index, kv_head, asking, s);
   else
     attend_evicted<T>(a, index, kv_head, asking, s);
   for (int h = 0, from = 0; h < group; h++)

@@ -15,7 +15,7 @@ from vllm_calidrop.attention.ops.triton.budget import is_barred
 from vllm_calidrop.attention.ops.triton.contract import Rows, Scratch, Sequences
 from vllm_calidrop.attention.ops.triton.decode import RECOMPUTE
 from vllm_calidrop.attention.ops.triton.pages import load_evicted
-from vllm_calidrop.attention.ops.triton.tiles import power_of_two, tiles_for
+from vllm_calidrop.attention.ops.triton.tiles import power_of_two, reload_tiles_for
 
 
 def reload_evicted(
@@ -30,7 +30,7 @@ def reload_evicted(
     num_rows, heads, splits = scratch.evicted_lse.shape
     kv_heads, head_dim = pages.shape[1], pages.shape[-1]
     group = heads // kv_heads
-    tiles = tiles_for(group, head_dim)
+    tiles = reload_tiles_for(group, head_dim)
     assert query.stride(2) == 1 and sequences.swap_blocks.stride(1) == 1 and pages[:1, :1].is_contiguous()
     reload_kernel[(num_rows, kv_heads, splits)](
         query, pages, rows.slot, rows.token, rows.end, sequences.start, sequences.stored, sequences.swap_blocks,
@@ -38,7 +38,7 @@ def reload_evicted(
         scratch.similarity, scale, query.stride(0), query.stride(1), pages.stride(0), pages.stride(1),
         sequences.swap_blocks.stride(0), KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, SPLITS=splits,
         TILE_H=power_of_two(kv_heads), TILE_M=tiles.m, TILE_N=tiles.n, TILE_D=tiles.d, num_warps=tiles.warps,
-        num_stages=tiles.stages, maxnreg=tiles.registers and tiles.registers + 16,  # the bus is what it waits for
+        num_stages=tiles.stages, maxnreg=tiles.registers,
     )  # fmt: skip
 
 

@@ -37,6 +37,12 @@ def tiles_for(group: int, head_dim: int) -> Tiles:
     )
 
 
+def reload_tiles_for(group: int, head_dim: int) -> Tiles:
+    """The reload's: some registers more, as it needs them at head_dim 128, and the bus is what it waits for."""
+    tiles = tiles_for(group, head_dim)
+    return tiles._replace(registers=tiles.registers and tiles.registers + 16)
+
+
 def encoded_tiles_for(group: int, head_dim: int) -> Tiles:
     """Of codes. Their tiles are not loaded ahead: how wide they are is known only when the kernel runs."""
     d = max(16, power_of_two(head_dim))
