@@ -45,10 +45,10 @@ def _outlier_channel(keys: Tensor) -> None:
 
 
 def _outlier_tokens(keys: Tensor) -> None:
-    """Outlier channels in which one token in sixty is unusually small or large."""
+    """Outlier channels in which one token in seventy is unusually small or large."""
     keys[..., 8:24] += 100
-    keys[:, 45::120, 8:24] = -60
-    keys[:, 105::120, 8:24] = 150
+    keys[:, 45::144, 8:24] = -60
+    keys[:, 117::144, 8:24] = 150
 
 
 def _long_tokens(keys: Tensor) -> None:

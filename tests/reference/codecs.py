@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,23 +18,26 @@ BLOCK = 128  # tokens of a swap block without a codec; every codec's block is as
 
 @dataclass(frozen=True)
 class Codec:
-    """bits: of a number; group: tokens that share a channel's range; outliers: exact tokens of a group."""
+    """bits: of a number; group: tokens with as many exact ones as `outliers`; ranges: parts of a group, in each of which a
+    channel has an offset and a scale."""
 
     bits: int
     group: int
     outliers: int
     floating: bool = False
+    ranges: int = 1
 
     @property
     def clamps(self) -> bool:
         return self.bits == 2
 
     def page_bytes(self, dim: int) -> int:
-        return PAGE * (2 * math.ceil(dim * self.bits / 8) + 4 + (2 if self.clamps else 0))
+        return PAGE * (2 * math.ceil(dim * self.bits / 8) + 4 + (1 if self.clamps else 0))
 
     def head_bytes(self, dim: int, item: int) -> int:
-        positions = 16 if self.outliers else 0
-        return math.ceil((4 * dim + positions + self.outliers * 2 * dim * item) / 16) * 16
+        channels = self.ranges * (3 if self.clamps else 4) * dim
+        positions = 16 if self.outliers or self.clamps else 0
+        return math.ceil((channels + positions + self.outliers * 2 * dim * item) / 16) * 16
 
     def block_tokens(self, dim: int, item: int) -> int:
         """Whole groups, and one with the pages that still fit."""
@@ -60,11 +64,11 @@ CODECS = {
     "fp8": Codec(8, 80, 1, floating=True),
     "int8": Codec(8, 80, 1),
     "int4": Codec(4, 112, 2),
-    "int2": Codec(2, 112, 2),
+    "int2": Codec(2, 192, 3, ranges=4),
     "fp8_plain": Codec(8, 80, 0, floating=True),
     "int8_plain": Codec(8, 80, 0),
     "int4_plain": Codec(4, 112, 0),
-    "int2_plain": Codec(2, 112, 0),
+    "int2_plain": Codec(2, 192, 0, ranges=4),
 }
 
 
@@ -94,11 +98,17 @@ def stored_as(name: str, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         others = [token for i, token in enumerate(group) if i not in exact]
         if not others:
             continue
-        channels = _Range(codec, k[others])
-        for token in others:
-            coded = channels.coded(k[token])
-            gain = _gain(k[token] - channels.offset, coded) if codec.clamps else 1.0
-            k_read[token] = coded * gain + channels.offset
+        for first in range(group.start, group.stop, codec.group // codec.ranges):
+            here = [token for token in others if first <= token < first + codec.group // codec.ranges]
+            if not here:
+                continue
+            channels = _Range(codec, k[here])
+            if codec.clamps:
+                channels.scale = _of_few_exponents(channels.scale)
+            for token in here:
+                coded = channels.coded(k[token])
+                gain = _gain(k[token] - channels.offset, coded) if codec.clamps else 1.0
+                k_read[token] = coded * gain + channels.offset
         of_tokens = _Range(codec, v[others].T)
         v_read[others] = (of_tokens.coded(v[others].T) + of_tokens.offset).T
     return k_read, v_read
@@ -118,7 +128,7 @@ class _Range:
         step = half * (2 / (2**codec.bits - 1))
         self.scale = _up(step)
         if codec.clamps:
-            candidates = [self.scale, *(_up(step * part) for part in (0.9, 0.8, 0.7, 0.6, 0.5))]
+            candidates = [_to_sixteenths(step * part, torch.ceil) for part in (1, 0.9, 0.8, 0.7, 0.6, 0.5)]
             best = torch.stack([self._squares(x, scale) for scale in candidates]).min(0).indices
             self.scale = torch.stack(candidates).gather(0, best.unsqueeze(0))[0]
             self._fit(x)
@@ -130,8 +140,8 @@ class _Range:
             number = torch.where(self.scale > 0, self.coded(x) / self.scale, 0.0)
             away = number - number.mean(0)
             spread = away.square().mean(0)
-            slope = ((away * (x - x.mean(0))).mean(0) / spread).bfloat16().float()
-            self.scale = torch.where(spread > 0, slope, self.scale)
+            slope = ((away * (x - x.mean(0))).mean(0) / spread)
+            self.scale = torch.where(spread > 0, _to_sixteenths(slope.nan_to_num(0.0), _half_up), self.scale)
             self.offset = (x.mean(0) - self.scale * number.mean(0)).bfloat16().float()
             squares = self._squares(x, self.scale)
             better = squares < least
@@ -160,9 +170,27 @@ def _outliers(keys: Tensor, count: int) -> list[int]:
     return sorted(range(len(away)), key=lambda t: -float(away[t]))[:count]
 
 
-def _gain(away: Tensor, coded: Tensor) -> Tensor:
+def _gain(away: Tensor, coded: Tensor) -> float:
+    """In steps of 1 / 128, of which 256 are told apart."""
     overlap = float(away @ coded)
-    return torch.tensor(min(max(float(away @ away) / overlap, 0.25), 4.0) if overlap > 0 else 1.0).bfloat16().float()
+    steps = round(float(away @ away) / overlap * 128) if overlap > 0 else 128
+    return min(max(steps, 64), 319) / 128
+
+
+def _to_sixteenths(x: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
+    """x >= 0 with a mantissa of 16ths."""
+    mantissa, exponent = torch.frexp(x.double())
+    return torch.ldexp(rounded(mantissa * 32), exponent - 5).float()
+
+
+def _half_up(x: Tensor) -> Tensor:
+    return torch.floor(x + 0.5)
+
+
+def _of_few_exponents(scale: Tensor) -> Tensor:
+    """Scales of a range: what is 2^15 times smaller than the largest one's power of two counts as zero."""
+    _, exponent = torch.frexp(scale.max())
+    return torch.where(scale > 2.0 ** (int(exponent) - 1 - 15), scale, 0.0)
 
 
 def _up(x: Tensor) -> Tensor:

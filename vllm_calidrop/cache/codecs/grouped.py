@@ -5,18 +5,23 @@ number(c); offset and scale are bfloat16, which has float32's range. A block is 
 its last group has fewer pages where no whole one fits. A group, in bytes (D head_dim, O outlier tokens, C bytes of D
 codes):
 
-    2 D          offsets of the key channels
-    2 D          scales of the key channels
-    pad16(O)     positions of the outlier tokens inside the group, NOWHERE where there are fewer
+    R times      for each of R ranges of the group's tokens, which have offsets and scales of their own:
+      2 D          offsets of the key channels
+      2 D          scales of the key channels; fine codecs: D, in a byte each
+    pad16(O)     positions of the outlier tokens inside the group, NOWHERE where there are fewer; fine codecs: then, in
+                 the padding, the exponents of the R ranges' scales, a byte each
     2 O D item   K and V of the outlier tokens, in the cache's dtype
                  zeros up to a multiple of 16: the head; then GROUP_TOKENS / 16 pages of
     16 C         codes of the keys, token by token, the first channel in the lowest bits
     16 C         codes of the values
     64           offset and scale of each token's values
-    32           gain of each token's keys, of codecs that have one: offset + gain * scale * number(c)
+    16           fine codecs: gain of each token's keys, offset + gain * scale * number(c), a byte each
 
-A gain makes up for what coarse codes take from a key's length: <k - offset, decoded - offset> becomes |k - offset|^2.
-Without it the key that a query looks for, the longest along it, loses the most.
+Fine codecs (of few bits) have several ranges in a group, R > 1, and pay for them with smaller numbers. A scale is four
+bits of mantissa and four of exponent above its range's: byte b of exponent e is the float32 of bits (e << 23) + (b <<
+19), 0 for b = 0. A gain's byte b is (b + 64) / 128. It makes up for what coarse codes take from a key's length:
+<k - offset, decoded - offset> becomes |k - offset|^2. Without it the key that a query looks for, the longest along it,
+loses the most.
 """
 
 from __future__ import annotations
@@ -33,7 +38,10 @@ from vllm_calidrop.cache.layout import PAGE_TOKENS
 
 NOWHERE = 255
 ALIGNMENT = 16
-LARGEST_GAIN = 4.0
+# Of a byte-sized scale: bits of a float32's mantissa that it leaves out, and exponents from its range's on.
+SCALE_SHIFT, SCALE_EXPONENTS = 19, 16
+# A byte-sized gain of b is (b + GAIN_START) / GAIN_UNITS.
+GAIN_START, GAIN_UNITS = 64, 128
 
 
 class Quantised(NamedTuple):
@@ -48,17 +56,20 @@ class Quantised(NamedTuple):
 
 
 class GroupedCodec(Codec):
-    """A number format of `bits` bits in this layout. outliers: outlier tokens of a group, 0 for none. gains: whether
-    keys have a gain."""
+    """A number format of `bits` bits in this layout. outliers: outlier tokens of a group, 0 for none. ranges: of a
+    group; fine: whether scales of keys are a byte, and each key has a gain."""
 
     bits: ClassVar[int]
-    gains: ClassVar[bool] = False
+    fine: ClassVar[bool] = False
     group_tokens: ClassVar[int]
+    ranges: ClassVar[int] = 1
     outliers: ClassVar[int]
 
     @abstractmethod
     def quantise(self, x: Tensor, dim: int, valid: Tensor) -> Quantised:
-        """Quantise float32 `x` along `dim`; valid: bool, broadcast to x, False where nothing counts."""
+        """Quantise float32 `x` along `dim`; valid: bool, broadcast to x, False where nothing counts.
+
+        Fine codecs: a scale has as many bits of mantissa as a byte-sized one."""
 
     @abstractmethod
     def numbers(self, codes: Tensor) -> Tensor:
@@ -73,16 +84,24 @@ class GroupedCodec(Codec):
 
     @property
     def page_bytes(self) -> int:
-        return PAGE_TOKENS * (2 * self.code_bytes + 4 + 2 * self.gains)
+        return PAGE_TOKENS * (2 * self.code_bytes + 4 + self.fine)
+
+    @property
+    def range_bytes(self) -> int:
+        return (3 if self.fine else 4) * self.head_dim
 
     @property
     def position_bytes(self) -> int:
-        return _aligned(self.outliers)
+        return _aligned(self.outliers + self.ranges * self.fine)
 
     @property
     def head_bytes(self) -> int:
         outliers = self.outliers * 2 * self.head_dim * self.dtype.itemsize
-        return _aligned(4 * self.head_dim + self.position_bytes + outliers)
+        return _aligned(self.ranges * self.range_bytes + self.position_bytes + outliers)
+
+    @property
+    def pages_per_range(self) -> int:
+        return self.pages_per_group // self.ranges
 
     @property
     def pages_per_group(self) -> int:
@@ -138,17 +157,22 @@ class GroupedCodec(Codec):
         exists = (index < tokens).view(groups, self.group_tokens).expand(heads, -1, -1)
 
         position = outlier_tokens(keys, exists, self.outliers)
-        is_outlier = torch.zeros_like(exists).scatter(-1, position, True)
-        k = self.quantise(keys, -2, (exists & ~is_outlier).unsqueeze(-1))
+        coded = ~torch.zeros_like(exists).scatter(-1, position, True) & exists
+        ranges = keys.unflatten(2, (self.ranges, -1))  # [H, groups, R, G / R, D]
+        k = self.quantise(ranges, -2, coded.unflatten(2, (self.ranges, -1)).unsqueeze(-1))
         v = self.quantise(values, -1, exists.unsqueeze(-1))
 
         outliers = kv.gather(3, position[:, :, None, :, None].expand(-1, -1, 2, -1, head_dim)).transpose(2, 3)
         position = torch.where(exists.gather(-1, position), position, NOWHERE).to(torch.uint8)
+        scale = k.scale.squeeze(-2)
+        if self.fine:
+            scale, exponent = _bytes_of_scales(scale)
+            k = k._replace(scale=_scales_of_bytes(scale, exponent).unsqueeze(-2).to(torch.bfloat16))
+            position = torch.cat((position, exponent), dim=-1)
         head = torch.cat(
             (
-                _bytes(k.offset.flatten(2)),
-                _bytes(k.scale.flatten(2)),
-                torch.nn.functional.pad(position, (0, self.position_bytes - self.outliers), value=NOWHERE),
+                torch.cat((_bytes(k.offset.squeeze(-2)), _bytes(scale)), dim=-1).flatten(2),
+                torch.nn.functional.pad(position, (0, self.position_bytes - position.shape[-1]), value=NOWHERE),
                 _bytes(outliers.flatten(2)),
             ),
             dim=-1,
@@ -160,17 +184,17 @@ class GroupedCodec(Codec):
             _packed(v.codes, self.bits).reshape(shape),
             _bytes(torch.cat((v.offset, v.scale), dim=-1)).reshape(shape),
         ]
-        if self.gains:
-            pages.append(_bytes(self._gains(keys, k)).reshape(shape))
+        if self.fine:
+            pages.append(self._gains(ranges, k).reshape(shape))
         return torch.cat((head, torch.cat(pages, dim=-1).flatten(2)), dim=-1)
 
     def _gains(self, keys: Tensor, quantised: Quantised) -> Tensor:
-        """bfloat16 [..., G] of keys [..., G, D]; 1 where nothing is coded."""
+        """uint8 [..., G] of keys [..., G, D]; that of 1 where nothing is coded."""
         away = keys - quantised.offset.float()
         coded = quantised.scale.float() * self.numbers(quantised.codes)
         overlap = (away * coded).sum(-1)
         gain = torch.where(overlap > 0, away.square().sum(-1) / overlap, 1.0)
-        return gain.clamp(1 / LARGEST_GAIN, LARGEST_GAIN).to(torch.bfloat16)
+        return (gain * GAIN_UNITS - GAIN_START).round().clamp(0, 255).to(torch.uint8)
 
     # --- decoding ----------------------------------------------------------------------------------------------------
 
@@ -199,23 +223,31 @@ class GroupedCodec(Codec):
         tokens: int64 [T] or [N, T], the tokens' positions in their group, T = P * PAGE_TOKENS.
         """
         head_dim, code_run = self.head_dim, PAGE_TOKENS * self.code_bytes
-        offset, scale = _numbers(head[:, : 4 * head_dim], torch.bfloat16).float().view(-1, 2, 1, head_dim).unbind(1)
-        k_codes, v_codes, v_meta, gains = pages.split(
-            (code_run, code_run, PAGE_TOKENS * 4, PAGE_TOKENS * 2 * self.gains), dim=-1
+        ranges, position, outliers = head.tensor_split(
+            (self.ranges * self.range_bytes, self.ranges * self.range_bytes + self.position_bytes), dim=1
         )
-        keys = scale * self._unpacked(k_codes)
-        if self.gains:
-            keys = keys * _numbers(gains, torch.bfloat16).float().view(len(head), -1, 1)
-        keys = keys + offset
+        offset, scale = ranges.reshape(-1, self.ranges, self.range_bytes).tensor_split((2 * head_dim,), dim=2)
+        offset = _numbers(offset, torch.bfloat16).float()
+        if self.fine:
+            scale = _scales_of_bytes(scale, position[:, self.outliers : self.outliers + self.ranges])
+        else:
+            scale = _numbers(scale, torch.bfloat16).float()
+        k_codes, v_codes, v_meta, gains = pages.split(
+            (code_run, code_run, PAGE_TOKENS * 4, PAGE_TOKENS * self.fine), dim=-1
+        )
+        range_of = (tokens // (PAGE_TOKENS * self.pages_per_range)).expand(len(head), -1)
+        pair = torch.arange(len(head)).unsqueeze(-1)
+        keys = scale[pair, range_of] * self._unpacked(k_codes)
+        if self.fine:
+            keys = keys * ((gains.float() + GAIN_START) / GAIN_UNITS).view(len(head), -1, 1)
+        keys = keys + offset[pair, range_of]
         v_offset, v_scale = _numbers(v_meta, torch.bfloat16).float().view(len(head), -1, 2).unsqueeze(-1).unbind(2)
         kv = torch.stack((keys, v_offset + v_scale * self._unpacked(v_codes)), dim=1)
         if not self.outliers:
             return kv
-        position = head[:, 4 * head_dim : 4 * head_dim + self.outliers].long()
-        begin = 4 * head_dim + self.position_bytes
-        outliers = head[:, begin : begin + self.outliers * 2 * head_dim * self.dtype.itemsize]
-        exact = _numbers(outliers, self.dtype).float().view(-1, self.outliers, 2, head_dim)
-        here = position.unsqueeze(-1) == tokens.unsqueeze(-2)  # [N, O, T]
+        exact = _numbers(outliers[:, : self.outliers * 2 * head_dim * self.dtype.itemsize], self.dtype)
+        exact = exact.float().view(-1, self.outliers, 2, head_dim)
+        here = position[:, : self.outliers].long().unsqueeze(-1) == tokens.unsqueeze(-2)  # [N, O, T]
         pair, outlier, token = torch.nonzero(here, as_tuple=True)
         kv[pair, :, token] = exact[pair, outlier]
         return kv
@@ -238,6 +270,39 @@ def bfloat16_below(x: Tensor) -> Tensor:
 def bfloat16_above(x: Tensor) -> Tensor:
     """The smallest bfloat16 that is not below x (float32)."""
     return -bfloat16_below(-x)
+
+
+def coarse_below(x: Tensor) -> Tensor:
+    """x >= 0 (float32) with as many bits of mantissa as a byte-sized scale has, cut off. bfloat16, which holds it."""
+    return (x.view(torch.int32) >> SCALE_SHIFT << SCALE_SHIFT).view(torch.float32).to(torch.bfloat16)
+
+
+def coarse_above(x: Tensor) -> Tensor:
+    """The same, the smallest that is not below x."""
+    return _coarse_moved(x, (1 << SCALE_SHIFT) - 1)
+
+
+def coarse_nearest(x: Tensor) -> Tensor:
+    """The same, the nearest."""
+    return _coarse_moved(x, 1 << SCALE_SHIFT - 1)
+
+
+def _coarse_moved(x: Tensor, bits: int) -> Tensor:
+    return coarse_below((x.contiguous().view(torch.int32) + bits).view(torch.float32))
+
+
+def _bytes_of_scales(scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Of scales bfloat16 [..., D], coarse: bytes [..., D] and exponents uint8 [...]; 0 for those too small for a byte."""
+    bits = scale.float().view(torch.int32) >> SCALE_SHIFT
+    mantissa_bits = 23 - SCALE_SHIFT
+    exponent = ((bits.amax(-1) >> mantissa_bits) - (SCALE_EXPONENTS - 1)).clamp(min=0)
+    return (bits - (exponent << mantissa_bits).unsqueeze(-1)).clamp(min=0).to(torch.uint8), exponent.to(torch.uint8)
+
+
+def _scales_of_bytes(scale: Tensor, exponent: Tensor) -> Tensor:
+    """float32 [..., D] of bytes [..., D] and exponents uint8 [...]."""
+    bits = (exponent.int() << 23).unsqueeze(-1) + (scale.int() << SCALE_SHIFT)
+    return torch.where(scale > 0, bits, 0).view(torch.float32)
 
 
 def _refused(x: Tensor) -> Tensor:

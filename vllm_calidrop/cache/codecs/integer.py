@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vllm_calidrop.cache.codecs.grouped import GroupedCodec, Quantised, bfloat16_above
+from vllm_calidrop.cache.codecs.grouped import GroupedCodec, Quantised, bfloat16_above, coarse_above, coarse_nearest
 
 
 class IntegerCodec(GroupedCodec):
@@ -27,9 +27,10 @@ class IntegerCodec(GroupedCodec):
         low, high = (torch.where(edge.isinf(), 0.0, edge) for edge in (low, high))  # nothing counts
         offset = (low / 2 + high / 2).to(torch.bfloat16)
         step = torch.maximum(high - offset.float(), offset.float() - low) * (2 / self.levels)
-        best = self._coded(x, offset, bfloat16_above(step))
+        above = coarse_above if self.fine else bfloat16_above
+        best = self._coded(x, offset, above(step))
         for shrink in self.shrinks:
-            best = self._better(x, best, self._coded(x, offset, bfloat16_above(step * shrink)), dim, valid)
+            best = self._better(x, best, self._coded(x, offset, above(step * shrink)), dim, valid)
         last = best
         for _ in range(self.refits):
             last = self._coded(x, *self._fitted(x, last, dim, valid))
@@ -51,7 +52,8 @@ class IntegerCodec(GroupedCodec):
         middle, at = mean(x), mean(numbers)
         spread = mean((numbers - at).square())
         fitted = mean((numbers - at) * (x - middle)) / torch.where(spread > 0, spread, 1.0)
-        scale = torch.where(spread > 0, fitted.to(torch.bfloat16), quantised.scale)
+        rounded = coarse_nearest(fitted.clamp(min=0)) if self.fine else fitted.to(torch.bfloat16)
+        scale = torch.where(spread > 0, rounded, quantised.scale)
         return (middle - scale.float() * at).to(torch.bfloat16), scale
 
     def _better(self, x: Tensor, one: Quantised, other: Quantised, dim: int, valid: Tensor) -> Quantised:
@@ -84,8 +86,8 @@ class Int4(IntegerCodec):
 
 class Int2(IntegerCodec):
     name = "int2"
-    bits, group_tokens, outliers = 2, 112, 2
-    gains = True
+    bits, group_tokens, outliers = 2, 192, 3
+    ranges, fine = 4, True
     shrinks = (0.9, 0.8, 0.7, 0.6, 0.5)
     refits = 4
 

@@ -18,16 +18,18 @@ from vllm_calidrop.cache.codecs.grouped import GroupedCodec
 
 
 class Layout(NamedTuple):
-    """Of one codec; all but pages_per_block are 0 for `none`. Sizes in bytes; is_float, gains: 0 or 1."""
+    """Of one codec; all but pages_per_block are 0 for `none`. Sizes in bytes; is_float, fine: 0 or 1."""
 
     bits: int
     is_float: int
-    gains: int
+    fine: int
     outliers: int
     pages_per_block: int
     pages_per_group: int
+    pages_per_range: int
     group_bytes: int
     head_bytes: int
+    range_bytes: int
     position_bytes: int
     page_bytes: int
     code_bytes: int

@@ -1,7 +1,7 @@
 // Attention over evicted KV that a codec stored, from its codes: nothing is decoded.
 //
 // A key is offset + gain * scale * number per channel, so its product with a query is <query, offset> plus gain times
-// <query * scale, number>: a group's offsets and scales are multiplied into the query once. A value is offset + scale *
+// <query * scale, number>: a range's offsets and scales are multiplied into the query once. A value is offset + scale *
 // number per token, so the token's weight takes its scale, and all dimensions the same sum of weighted offsets. Outlier
 // tokens are attended as they were.
 #pragma once
@@ -21,7 +21,7 @@ struct Group {
 
 // What an EncodedAttention works in; a thread keeps one and uses it again.
 struct EncodedSpace {
-  std::vector<float> query, weights, exact;
+  std::vector<float> query, weights, exact, scales;
   std::vector<float> base, middle, extra;
   std::vector<Softmax> sums;
   std::vector<Group> groups;
@@ -35,7 +35,7 @@ class EncodedAttention {
   EncodedAttention(EncodedSpace& space, const CodecLayout& layout, const float* query, int heads, int head_dim,
                    float scale, float* out, float* lse)
       : space_(space), layout_(layout), asked_(query), heads_(heads), head_dim_(head_dim), scale_(scale), out_(out), lse_(lse) {
-    space.query.resize(heads * head_dim), space.exact.resize(head_dim);
+    space.query.resize(heads * head_dim), space.exact.resize(head_dim), space.scales.resize(head_dim);
     space.weights.resize(heads * kMostGroupTokens);
     for (auto* each : {&space.base, &space.middle, &space.extra}) each->assign(heads, 0.0f);
     space.sums.assign(heads, Softmax{});
@@ -75,12 +75,15 @@ class EncodedAttention {
   }
 
   void attend_group(const Group& group, const Run<E>& run) {
-    fold_head(group.at);
     float* weights = space_.weights.data();
-    for (int i = 0; i < run.count; i++)
-      tile_logits<kKeyPlain>(run.tiles[i], kCodedTokens, head_dim_, space_.query.data(), heads_,
-                             weights + i * kCodedTokens, kMostGroupTokens);
-    for (int h = 0; h < heads_; h++) finish_logits(group, run.count, h);
+    for (int first = 0; first < run.count; first += layout_.pages_per_range) {
+      const int end = std::min<int>(run.count, first + layout_.pages_per_range);
+      fold_range(group, first / layout_.pages_per_range);
+      for (int i = first; i < end; i++)
+        tile_logits<kKeyPlain>(run.tiles[i], kCodedTokens, head_dim_, space_.query.data(), heads_,
+                               weights + i * kCodedTokens, kMostGroupTokens);
+      for (int h = 0; h < heads_; h++) finish_logits(group, first, end, h);
+    }
     exact_logits(group);
     for (int h = 0; h < heads_; h++) softmax(run.count, h);
     exact_values(group);
@@ -88,15 +91,16 @@ class EncodedAttention {
     add_values<kValuePlain>(run, kCodedTokens, head_dim_, weights, heads_, kMostGroupTokens, out_);
   }
 
-  // The queries take the scales of the group's key channels.
-  void fold_head(const uint8_t* head) {
-    const bf16* offsets = (const bf16*)head;
-    const bf16* scales = offsets + head_dim_;
+  // The queries take the scales of the range's key channels.
+  void fold_range(const Group& group, int index) {
+    const bf16* offsets = (const bf16*)(group.at + index * layout_.range_bytes);
+    if (layout_.fine) widen_scales((const uint8_t*)(offsets + head_dim_), positions(group)[layout_.outliers + index]);
     for (int h = 0; h < heads_; h++) {
       const float* asked = asked_ + h * head_dim_;
       Floats base = {}, sums = {};
       for (int d = 0; d < head_dim_; d += kLanes) {
-        const Floats q = load(asked + d), scaled = q * load(scales + d);
+        const Floats scale = layout_.fine ? load(space_.scales.data() + d) : load(offsets + head_dim_ + d);
+        const Floats q = load(asked + d), scaled = q * scale;
         base += q * load(offsets + d), sums += scaled;
         store(space_.query.data() + h * head_dim_ + d, scaled * E::kUnit);
       }
@@ -104,25 +108,41 @@ class EncodedAttention {
     }
   }
 
-  // Products with codes become logits.
-  void finish_logits(const Group& group, int pages, int head) {
+  // Scales of a byte: a float's last bits of exponent and first ones of mantissa.
+  void widen_scales(const uint8_t* scales, uint32_t exponent) {
+    uint32_t* bits = (uint32_t*)space_.scales.data();
+    for (int d = 0; d < head_dim_; d++) bits[d] = scales[d] ? (exponent << 23) + (uint32_t(scales[d]) << 19) : 0;
+  }
+
+  // Products with codes of pages [first, end), which are a range's, become logits.
+  void finish_logits(const Group& group, int first, int end, int head) {
     float* logits = space_.weights.data() + head * kMostGroupTokens;
     const float base = space_.base[head], middle = space_.middle[head];
-    for (int i = 0; i < pages; i++) {
+    for (int i = first; i < end; i++) {
       float* at = logits + i * kCodedTokens;
       Floats found = load(at) - middle;
-      if (layout_.gains) found = found * load((const bf16*)(page(group, i) + kCodedTokens * (2 * layout_.code_bytes + 4)));
+      if (layout_.fine) found = found * gains(page(group, i) + kCodedTokens * (2 * layout_.code_bytes + 4));
       store(at, keep((found + base) * scale_, 0, group.tokens - i * kCodedTokens));
     }
+  }
+
+  // A byte stands for (byte + 64) / 128.
+  static Floats gains(const uint8_t* bytes) {
+    typedef Codes<8> Byte;
+    return (lanes_at<Floats>((const Byte*)bytes, 0) + (128.0f + 64.0f)) * (1.0f / 128.0f);
+  }
+
+  const uint8_t* positions(const Group& group) const {
+    return group.at + layout_.pages_per_group / layout_.pages_per_range * layout_.range_bytes;
   }
 
   // The group's outlier tokens that belong to the run: f(token, exact K, exact V).
   template <class F>
   void outliers(const Group& group, F f) {
-    const uint8_t* positions = group.at + 4 * head_dim_;
-    const T* exact = (const T*)(positions + layout_.position_bytes);
+    const uint8_t* at = positions(group);
+    const T* exact = (const T*)(at + layout_.position_bytes);
     for (int64_t i = 0; i < layout_.outliers; i++, exact += 2 * head_dim_)
-      if (positions[i] < group.tokens) f(positions[i], exact, exact + head_dim_);
+      if (at[i] < group.tokens) f(at[i], exact, exact + head_dim_);
   }
 
   void exact_logits(const Group& group) {

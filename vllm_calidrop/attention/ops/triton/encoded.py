@@ -1,7 +1,7 @@
 """(b') The same as (b) over evicted tokens that a codec stored, from their codes: nothing is decoded in memory.
 
-Group by group (cache/codecs/grouped.py): a key is offset + gain * scale * number per channel, so the queries take the
-group's scales once and are multiplied with the numbers; a value is offset + scale * number per token, so the weights
+Range by range of a group (cache/codecs/grouped.py): a key is offset + gain * scale * number per channel, so the queries
+take the range's scales once and are multiplied with the numbers; a value is offset + scale * number per token, so the weights
 take the tokens' scales. Outlier tokens are attended as they were. Every byte that crosses the bus is read once.
 Products have 16 bits of the queries and weights and all of the numbers, and are summed in float32. Meaning:
 `calibration.py::attention_state` over `Codec.decode`.
@@ -18,19 +18,25 @@ from vllm_calidrop.attention.ops.triton.contract import Rows, Scratch, Sequences
 from vllm_calidrop.attention.ops.triton.reload import reads
 from vllm_calidrop.attention.ops.triton.tiles import encoded_tiles_for, power_of_two
 from vllm_calidrop.cache import layout as tokens
-from vllm_calidrop.cache.codecs import layout
+from vllm_calidrop.cache.codecs import grouped, layout
 
 PAGE_TOKENS: tl.constexpr = tl.constexpr(tokens.PAGE_TOKENS)
 OUTLIERS: tl.constexpr = tl.constexpr(layout.most_outliers())
 FIELDS: tl.constexpr = tl.constexpr(len(layout.Layout._fields))
+SCALE_SHIFT: tl.constexpr = tl.constexpr(grouped.SCALE_SHIFT)
+GAIN_START: tl.constexpr = tl.constexpr(grouped.GAIN_START)
+GAIN_UNITS: tl.constexpr = tl.constexpr(grouped.GAIN_UNITS)
+GAIN_OF_1: tl.constexpr = tl.constexpr(grouped.GAIN_UNITS - grouped.GAIN_START)
 BITS: tl.constexpr = tl.constexpr(layout.Layout._fields.index("bits"))
 IS_FLOAT: tl.constexpr = tl.constexpr(layout.Layout._fields.index("is_float"))
-GAINS: tl.constexpr = tl.constexpr(layout.Layout._fields.index("gains"))
+FINE: tl.constexpr = tl.constexpr(layout.Layout._fields.index("fine"))
 HAS_OUTLIERS: tl.constexpr = tl.constexpr(layout.Layout._fields.index("outliers"))
 PAGES_PER_BLOCK: tl.constexpr = tl.constexpr(layout.Layout._fields.index("pages_per_block"))
 PAGES_PER_GROUP: tl.constexpr = tl.constexpr(layout.Layout._fields.index("pages_per_group"))
+PAGES_PER_RANGE: tl.constexpr = tl.constexpr(layout.Layout._fields.index("pages_per_range"))
 GROUP_BYTES: tl.constexpr = tl.constexpr(layout.Layout._fields.index("group_bytes"))
 HEAD_BYTES: tl.constexpr = tl.constexpr(layout.Layout._fields.index("head_bytes"))
+RANGE_BYTES: tl.constexpr = tl.constexpr(layout.Layout._fields.index("range_bytes"))
 POSITION_BYTES: tl.constexpr = tl.constexpr(layout.Layout._fields.index("position_bytes"))
 PAGE_BYTES: tl.constexpr = tl.constexpr(layout.Layout._fields.index("page_bytes"))
 CODE_BYTES: tl.constexpr = tl.constexpr(layout.Layout._fields.index("code_bytes"))
@@ -95,8 +101,9 @@ def encoded_kernel(  # type: ignore[no-untyped-def]  # annotations of a kernel a
 
     fields = layouts + codec * FIELDS
     bits, is_float = tl.load(fields + BITS), tl.load(fields + IS_FLOAT)
-    gains, outliers = tl.load(fields + GAINS), tl.load(fields + HAS_OUTLIERS)
+    fine, outliers = tl.load(fields + FINE), tl.load(fields + HAS_OUTLIERS)
     pages_per_block, pages_per_group = tl.load(fields + PAGES_PER_BLOCK), tl.load(fields + PAGES_PER_GROUP)
+    pages_per_range, range_bytes = tl.load(fields + PAGES_PER_RANGE), tl.load(fields + RANGE_BYTES)
     group_bytes, head_bytes = tl.load(fields + GROUP_BYTES), tl.load(fields + HEAD_BYTES)
     position_bytes, page_bytes = tl.load(fields + POSITION_BYTES), tl.load(fields + PAGE_BYTES)
     code_bytes = tl.load(fields + CODE_BYTES)
@@ -122,50 +129,57 @@ def encoded_kernel(  # type: ignore[no-untyped-def]  # annotations of a kernel a
         block = tl.load(swap_blocks + slot * table_slot + index // groups_per_block).to(tl.int64)
         start = block * page_block + kv_head * page_head + in_block * group_bytes
 
-        offset = tl.load(halves_of + start // 2 + d, mask=in_head, other=0.0).to(tl.float32)
-        scales = tl.load(halves_of + start // 2 + HEAD_DIM + d, mask=in_head, other=0.0).to(tl.float32)
-        base = tl.sum(q * offset[None, :], axis=1)
-        scaled = q * scales[None, :]
-        base_of_codes = middle * tl.sum(scaled, axis=1)
-        scaled = scaled * unit
-
-        positions = start + 4 * HEAD_DIM
+        positions = start + pages_per_group // pages_per_range * range_bytes
         for outlier in tl.static_range(OUTLIERS):
             position = tl.load(bytes_of + positions + outlier, mask=outlier < outliers, other=255).to(tl.int32)
             top, total, acc = attend_exact(
                 exact_of, (positions + position_bytes) // ITEM + outlier * 2 * HEAD_DIM, position < here, q, d, in_head,
                 HEAD_DIM, top, total, acc,
             )  # fmt: skip
-        for begin in range(0, here, TILE_N):
-            t = begin + tl.arange(0, TILE_N)
-            exists = t < here
-            coded = exists
-            for outlier in tl.static_range(OUTLIERS):
-                position = tl.load(bytes_of + positions + outlier, mask=outlier < outliers, other=255).to(tl.int32)
-                coded = coded & (t != position)
-            page = start + head_bytes + (t // PAGE_TOKENS).to(tl.int64) * page_bytes
-            within = t % PAGE_TOKENS
-            of_values = page + PAGE_TOKENS * code_bytes
-            meta = (of_values + PAGE_TOKENS * code_bytes) // 2
-            keys = load_numbers(
-                bytes_of, page + within * code_bytes, exists, bits, is_float, HEAD_DIM, TILE_N, TILE_D
-            )  # fmt: skip
-            gain = tl.load(halves_of + meta + 2 * PAGE_TOKENS + within, mask=exists & (gains != 0), other=1.0)
-            logits = precise_dot(scaled, tl.trans(keys)) - base_of_codes[:, None]
-            logits = logits * gain.to(tl.float32)[None, :] + base[:, None]
-            logits = tl.where(coded[None, :], logits, float("-inf"))
-            new_top = tl.maximum(top, tl.max(logits, axis=1))
-            weights = tl.exp2(logits - new_top[:, None])
-            shrink = tl.exp2(top - new_top)
-            total = total * shrink + tl.sum(weights, axis=1)
-            values = load_numbers(
-                bytes_of, of_values + within * code_bytes, exists, bits, is_float, HEAD_DIM, TILE_N, TILE_D
-            )  # fmt: skip
-            offsets = tl.load(halves_of + meta + 2 * within, mask=exists, other=0.0).to(tl.float32)
-            widths = tl.load(halves_of + meta + 2 * within + 1, mask=exists, other=0.0).to(tl.float32)
-            same = tl.sum(weights * (offsets - middle * widths)[None, :], axis=1)
-            acc = acc * shrink[:, None] + same[:, None] + precise_dot(weights * (widths * unit)[None, :], values)
-            top = new_top
+        range_tokens = pages_per_range * PAGE_TOKENS
+        for range_begin in range(0, here, range_tokens):
+            end = tl.minimum(range_begin + range_tokens, here)
+            at_range = start + range_begin // range_tokens * range_bytes
+            offset = tl.load(halves_of + at_range // 2 + d, mask=in_head, other=0.0).to(tl.float32)
+            exponent = tl.load(
+                bytes_of + positions + outliers + range_begin // range_tokens, mask=fine != 0, other=0
+            ).to(tl.int32)  # fmt: skip
+            scales = load_scales(bytes_of, halves_of, at_range, exponent, d, in_head, fine, HEAD_DIM)
+            base = tl.sum(q * offset[None, :], axis=1)
+            scaled = q * scales[None, :]
+            base_of_codes = middle * tl.sum(scaled, axis=1)
+            scaled = scaled * unit
+            for begin in range(range_begin, end, TILE_N):
+                t = begin + tl.arange(0, TILE_N)
+                exists = t < end
+                coded = exists
+                for outlier in tl.static_range(OUTLIERS):
+                    position = tl.load(bytes_of + positions + outlier, mask=outlier < outliers, other=255).to(tl.int32)
+                    coded = coded & (t != position)
+                page = start + head_bytes + (t // PAGE_TOKENS).to(tl.int64) * page_bytes
+                within = t % PAGE_TOKENS
+                of_values = page + PAGE_TOKENS * code_bytes
+                meta = (of_values + PAGE_TOKENS * code_bytes) // 2
+                keys = load_numbers(
+                    bytes_of, page + within * code_bytes, exists, bits, is_float, HEAD_DIM, TILE_N, TILE_D
+                )  # fmt: skip
+                gain = tl.load(bytes_of + 2 * meta + 4 * PAGE_TOKENS + within, mask=exists & (fine != 0), other=GAIN_OF_1)
+                logits = precise_dot(scaled, tl.trans(keys)) - base_of_codes[:, None]
+                gain = (gain.to(tl.float32) + GAIN_START) * (1.0 / GAIN_UNITS)
+                logits = logits * gain[None, :] + base[:, None]
+                logits = tl.where(coded[None, :], logits, float("-inf"))
+                new_top = tl.maximum(top, tl.max(logits, axis=1))
+                weights = tl.exp2(logits - new_top[:, None])
+                shrink = tl.exp2(top - new_top)
+                total = total * shrink + tl.sum(weights, axis=1)
+                values = load_numbers(
+                    bytes_of, of_values + within * code_bytes, exists, bits, is_float, HEAD_DIM, TILE_N, TILE_D
+                )  # fmt: skip
+                offsets = tl.load(halves_of + meta + 2 * within, mask=exists, other=0.0).to(tl.float32)
+                widths = tl.load(halves_of + meta + 2 * within + 1, mask=exists, other=0.0).to(tl.float32)
+                same = tl.sum(weights * (offsets - middle * widths)[None, :], axis=1)
+                acc = acc * shrink[:, None] + same[:, None] + precise_dot(weights * (widths * unit)[None, :], values)
+                top = new_top
     of_row = row * (KV_HEADS * GROUP) + head
     store_partial(evicted_out, evicted_lse, top, total, acc, of_row, split, in_group, SPLITS, HEAD_DIM, TILE_D)
 
@@ -182,6 +196,19 @@ def attend_exact(  # type: ignore[no-untyped-def]
     safe = tl.where(new_top == float("-inf"), 0.0, new_top)
     weight, shrink = tl.exp2(logit - safe), tl.exp2(top - safe)
     return new_top, total * shrink + weight, acc * shrink[:, None] + weight[:, None] * value[None, :]
+
+
+@triton.jit
+def load_scales(  # type: ignore[no-untyped-def]
+    bytes_of, halves_of, at_range, exponent, d, in_head, fine, HEAD_DIM: tl.constexpr
+):
+    """float32 [TILE_D]: scales of a range's channels, which lie behind their offsets."""
+    if fine != 0:
+        byte = tl.load(bytes_of + at_range + 2 * HEAD_DIM + d, mask=in_head, other=0).to(tl.int32)
+        scales = tl.where(byte > 0, (exponent << 23) + (byte << SCALE_SHIFT), 0).to(tl.float32, bitcast=True)
+    else:
+        scales = tl.load(halves_of + at_range // 2 + HEAD_DIM + d, mask=in_head, other=0.0).to(tl.float32)
+    return scales
 
 
 @triton.jit
