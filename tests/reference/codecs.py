@@ -18,8 +18,8 @@ BLOCK = 128  # tokens of a swap block without a codec; every codec's block is as
 
 @dataclass(frozen=True)
 class Codec:
-    """bits: of a number; group: tokens with as many exact ones as `outliers`; ranges: parts of a group, in each of which a
-    channel has an offset and a scale."""
+    """bits: of a number; group: tokens with as many exact ones as `outliers`; ranges: parts of a group, in each of
+    which a channel has an offset and a scale."""
 
     bits: int
     group: int
@@ -140,7 +140,7 @@ class _Range:
             number = torch.where(self.scale > 0, self.coded(x) / self.scale, 0.0)
             away = number - number.mean(0)
             spread = away.square().mean(0)
-            slope = ((away * (x - x.mean(0))).mean(0) / spread)
+            slope = (away * (x - x.mean(0))).mean(0) / spread
             self.scale = torch.where(spread > 0, _to_sixteenths(slope.nan_to_num(0.0), _half_up), self.scale)
             self.offset = (x.mean(0) - self.scale * number.mean(0)).bfloat16().float()
             squares = self._squares(x, self.scale)

@@ -10,6 +10,8 @@ from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
+from vllm_calidrop.attention.ops.decode import TakeOp
+from vllm_calidrop.attention.ops.native import take as native_take
 from vllm_calidrop.attention.ops.packed import PackedCache, block_offsets
 
 AMX = torch.cpu._is_amx_tile_supported()
@@ -83,9 +85,10 @@ def test_reads_what_vllm_wrote(isa: str, dtype: torch.dtype, block_size: int, he
             assert torch.equal(read_values[row, :, there], values[wrote].transpose(0, 1))
 
 
+@pytest.mark.parametrize("take", [PackedCache.take, native_take.take], ids=["torch", "native"])
 @CASES
 def test_takes_each_heads_own_tokens(
-    isa: str, dtype: torch.dtype, block_size: int, head_dim: int, monkeypatch: pytest.MonkeyPatch
+    isa: str, dtype: torch.dtype, block_size: int, head_dim: int, take: TakeOp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever is taken at once; never written tokens are NaN, so a wrong place is seen."""
     monkeypatch.setattr("vllm_calidrop.attention.ops.packed._TAKEN_AT_ONCE", 7)
@@ -95,8 +98,8 @@ def test_takes_each_heads_own_tokens(
     position = torch.arange(tokens)
     slots = blocks[position // block_size].long() * block_size + position % block_size
     write_as_vllm_does(tensor, keys, values, slots, isa)
-    index = torch.stack([torch.randperm(tokens)[:19].sort().values for _ in range(KV_HEADS)])
-    taken = PackedCache(tensor, isa).take(blocks, index)
+    index = torch.stack([torch.randperm(tokens)[: block_size + 3].sort().values for _ in range(KV_HEADS)])
+    taken = take(PackedCache(tensor, isa), blocks, index)
     for found, written in zip(taken, (keys, values), strict=True):
         assert torch.equal(found, torch.stack([written[index[head], head] for head in range(KV_HEADS)]))
 

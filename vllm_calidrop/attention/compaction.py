@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_calidrop.attention.ops.decode import column_sums_op, uses_native
+from vllm_calidrop.attention.ops.decode import column_sums_op, take_op, uses_native
 from vllm_calidrop.attention.ops.packed import PackedCache
 from vllm_calidrop.attention.prefill import PrefillRow, observe_window
 from vllm_calidrop.cache.swap import SwapPool
@@ -68,7 +68,7 @@ def compact(
         record.stored,
     )
     if record.calibrated:
-        evicted_keys, evicted_values = cache.take(row.blocks, selection.evicted)
+        evicted_keys, evicted_values = take_op()(cache, row.blocks, selection.evicted)
         refused = pool.write(layer, torch.tensor(record.swap_blocks), evicted_keys, evicted_values, record.codec)
         if record.recall is not None:
             recall.put_sketch(layer, record, evicted_keys, _prompt_keys(row, cache) if summed else keys)
@@ -78,7 +78,7 @@ def compact(
         if refused.any():
             table.refuse(layer, record.slot, refused)
             recall.refuse(layer, record.slot, refused)
-    kept_keys, kept_values = cache.take(row.blocks, selection.kept)
+    kept_keys, kept_values = take_op()(cache, row.blocks, selection.kept)
     position = torch.arange(record.prompt_len - record.budget, record.prompt_len)
     slots = row.blocks[position // cache.block_size].long() * cache.block_size + position % cache.block_size
     cache.write(kept_keys.transpose(0, 1).contiguous(), kept_values.transpose(0, 1).contiguous(), slots)

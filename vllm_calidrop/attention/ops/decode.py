@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from functools import cache
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from vllm_calidrop.attention.metadata import DecodeRows
 from vllm_calidrop.attention.ops import cpu, native, recall
 from vllm_calidrop.attention.ops.native import recall as native_recall
+from vllm_calidrop.attention.ops.native import take as native_take
 from vllm_calidrop.attention.ops.packed import PackedCache
 from vllm_calidrop.cache.swap import SwapPool
 from vllm_calidrop.recall.store import RecallRows, RecallStore
@@ -22,6 +24,8 @@ logger = logging.getLogger("vllm.calidrop")
 # `native`: C++ or an error; `torch`: never C++; unset or `auto`: C++ where there is a compiler.
 CHOICE_VARIABLE = "VLLM_CALIDROP_CPU_OP"
 CHOICES = ("auto", "native", "torch")
+
+TakeOp = Callable[[PackedCache, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class DecodeOp(Protocol):
@@ -68,6 +72,11 @@ def decode_op() -> DecodeOp:
 def column_sums_op() -> ColumnSumsOp:
     """The operator that scores prompt tokens by the attention they received."""
     return native.add_column_sums if uses_native() else cpu.add_column_sums
+
+
+def take_op() -> TakeOp:
+    """The operator that reads single tokens out of the cache."""
+    return native_take.take if uses_native() else PackedCache.take
 
 
 def recall_op() -> RecallOp:

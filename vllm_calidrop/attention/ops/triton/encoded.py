@@ -1,8 +1,8 @@
 """(b') The same as (b) over evicted tokens that a codec stored, from their codes: nothing is decoded in memory.
 
 Range by range of a group (cache/codecs/grouped.py): a key is offset + gain * scale * number per channel, so the queries
-take the range's scales once and are multiplied with the numbers; a value is offset + scale * number per token, so the weights
-take the tokens' scales. Outlier tokens are attended as they were. Every byte that crosses the bus is read once.
+take the range's scales once and are multiplied with the numbers; a value is offset + scale * number per token, so the
+weights take the tokens' scales. Outlier tokens are attended as they were. Every byte that crosses the bus is read once.
 Products have 16 bits of the queries and weights and all of the numbers, and are summed in float32. Meaning:
 `calibration.py::attention_state` over `Codec.decode`.
 """
@@ -163,7 +163,9 @@ def encoded_kernel(  # type: ignore[no-untyped-def]  # annotations of a kernel a
                 keys = load_numbers(
                     bytes_of, page + within * code_bytes, exists, bits, is_float, HEAD_DIM, TILE_N, TILE_D
                 )  # fmt: skip
-                gain = tl.load(bytes_of + 2 * meta + 4 * PAGE_TOKENS + within, mask=exists & (fine != 0), other=GAIN_OF_1)
+                gain = tl.load(
+                    bytes_of + 2 * meta + 4 * PAGE_TOKENS + within, mask=exists & (fine != 0), other=GAIN_OF_1
+                )
                 logits = precise_dot(scaled, tl.trans(keys)) - base_of_codes[:, None]
                 gain = (gain.to(tl.float32) + GAIN_START) * (1.0 / GAIN_UNITS)
                 logits = logits * gain[None, :] + base[:, None]
