@@ -11,9 +11,9 @@ from typing import Any
 from fastapi import HTTPException
 from prometheus_client import CollectorRegistry
 
-from vllm_calidrop.defaults import VersionedSettings
-from vllm_calidrop.hooks.input_processor import apply_defaults, bad_value, versioned_settings
-from vllm_calidrop.settings import SettingsError
+from vllm_calidrop.hooks.api.input_processor import apply_defaults, bad_value, versioned_settings
+from vllm_calidrop.settings.defaults import VersionedSettings
+from vllm_calidrop.settings.request import SettingsError
 
 from .exposition import EngineCollector, count_refusals
 from .newest import Newest

@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric as Family
 
 from vllm_calidrop import metrics
-from vllm_calidrop.hooks import refusals
+from vllm_calidrop.hooks.api import refusals
 from vllm_calidrop.metrics import Metric
 
 EngineStats = dict[str, Any]

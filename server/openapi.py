@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from vllm_calidrop.settings import RequestSettings
+from vllm_calidrop.settings.request import RequestSettings
 
 ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/chat/completions/batch", "/v1/responses")
 _CHANGES = "CaliDropDefaults"

@@ -9,8 +9,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vllm_calidrop.cache.codecs import codec_of
-from vllm_calidrop.cache.layout import first_kept_block, swap_blocks_for
+from vllm_calidrop.evicted.codecs import codec_of
+from vllm_calidrop.evicted.layout import first_kept_block, swap_blocks_for
 from vllm_calidrop.memory import (
     ModelShape,
     buffer_page_bytes,
@@ -20,8 +20,9 @@ from vllm_calidrop.memory import (
     sketch_block_bytes,
     swap_block_bytes,
 )
-from vllm_calidrop.settings import RequestSettings, ServerSettings, SettingsError
-from vllm_calidrop.state_table import StateTable
+from vllm_calidrop.settings.request import RequestSettings, SettingsError
+from vllm_calidrop.settings.server import ServerSettings
+from vllm_calidrop.worker.state_table import StateTable
 
 Device = Literal["gpu", "cpu"]
 
@@ -72,7 +73,7 @@ def beside_the_pools(
     """Bytes that this backend takes beside the KV pool and the pools of a Plan, by what they are for."""
     if device == "cpu":
         return dataclasses.asdict(footprint(shape, num_slots, settings))
-    from vllm_calidrop.attention.cuda.room import device_bytes
+    from vllm_calidrop.worker.room import device_bytes
 
     state_table = num_slots * StateTable.slot_bytes(
         shape.num_layers, shape.num_query_heads, shape.head_dim, shape.dtype

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from vllm_calidrop.memory import ModelShape, buffer_page_bytes, sketch_block_bytes, swap_block_bytes
-from vllm_calidrop.settings import ServerSettings, SettingsError, resolve_request
+from vllm_calidrop.settings.request import SettingsError
+from vllm_calidrop.settings.server import ServerSettings, resolve_request
 
 from .plan import Plan, Workload, make_plan
 

@@ -15,7 +15,7 @@ from vllm.entrypoints.serve.instrumentator.metrics import PrometheusResponse
 from vllm.v1.metrics.prometheus import get_prometheus_registry
 from vllm.version import __version__ as vllm_version
 
-from vllm_calidrop.hooks.input_processor import bad_value
+from vllm_calidrop.hooks.api.input_processor import bad_value
 
 from .engines import Engines
 from .keys import admin, reader

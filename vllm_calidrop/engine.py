@@ -7,10 +7,6 @@ from typing import Any
 
 import psutil
 
-from vllm_calidrop.cache.ledger import Ledger
-from vllm_calidrop.cache.reports import Shape
-from vllm_calidrop.cache.spec import CaliDropSpec
-from vllm_calidrop.flavour import is_on_gpu, uses_cuda_flavour
 from vllm_calidrop.memory import (
     ModelShape,
     PoolSizes,
@@ -23,9 +19,13 @@ from vllm_calidrop.memory import (
     swap_block_bytes,
     swap_bytes_beside,
 )
-from vllm_calidrop.settings import ServerSettings
+from vllm_calidrop.ops.flavour import is_on_gpu, uses_cuda_flavour
+from vllm_calidrop.scheduler.ledger import Ledger
+from vllm_calidrop.scheduler.reports import Shape
+from vllm_calidrop.scheduler.spec import CaliDropSpec
+from vllm_calidrop.settings.server import ServerSettings
 from vllm_calidrop.support import refuse_groups
-from vllm_calidrop.worker import CaliDropWorker
+from vllm_calidrop.worker.worker import CaliDropWorker
 
 logger = logging.getLogger("vllm.calidrop")
 
@@ -60,8 +60,8 @@ def make_worker(worker: Any, pools: PoolSizes) -> CaliDropWorker:
     shape, num_slots = _model_shape(config, runner.kv_cache_config), _num_slots(config)
     if not uses_cuda_flavour():
         return CaliDropWorker(runner, layer_names, shape, num_slots, pools)
-    from vllm_calidrop.attention.cuda.self_check import self_check
-    from vllm_calidrop.attention.cuda.worker import CaliDropCudaWorker
+    from vllm_calidrop.worker.cuda_worker import CaliDropCudaWorker
+    from vllm_calidrop.worker.self_check import self_check
 
     max_rows = config.scheduler_config.max_num_seqs
     ours = CaliDropCudaWorker(runner, layer_names, shape, num_slots, pools, runner.device, max_rows)
@@ -123,7 +123,7 @@ def leave_room(vllm_config: Any, worker: Any, available: int) -> int:
     A KV pool of fixed size is not shrunk: the sum is checked instead.
     """
     if is_on_gpu():
-        from vllm_calidrop.attention.cuda.room import leave_room_on_device
+        from vllm_calidrop.worker.room import leave_room_on_device
 
         return leave_room_on_device(
             _shape_of_runner(worker), _num_slots(vllm_config), _settings(vllm_config), vllm_config, available

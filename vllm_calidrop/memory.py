@@ -6,14 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_calidrop.cache.codecs import NAMES, codec_of
-from vllm_calidrop.cache.layout import swap_blocks_for
-from vllm_calidrop.cache.swap import SwapPool
-from vllm_calidrop.policies.h2o import QUERY_TILE
-from vllm_calidrop.recall.sketch import padded_dim
-from vllm_calidrop.recall.store import RecallStore
-from vllm_calidrop.settings import DEFAULT_PAGES, ServerSettings
-from vllm_calidrop.state_table import StateTable
+from vllm_calidrop.algorithm.policies.h2o import QUERY_TILE
+from vllm_calidrop.evicted.codecs import NAMES, codec_of
+from vllm_calidrop.evicted.layout import swap_blocks_for
+from vllm_calidrop.evicted.pool import SwapPool
+from vllm_calidrop.evicted.recall.sketch import padded_dim
+from vllm_calidrop.evicted.recall.store import RecallStore
+from vllm_calidrop.settings.request import DEFAULT_PAGES
+from vllm_calidrop.settings.server import ServerSettings
+from vllm_calidrop.worker.state_table import StateTable
 
 # Without --additional-config: the swap pool is at most twice the KV pool and at most this part of free host memory.
 SWAP_PER_KV = 2

@@ -6,7 +6,7 @@ from __future__ import annotations
 def register() -> None:
     """Register the backend's name and install the wraps. Cheap and idempotent; changes nothing until selected."""
     from vllm_calidrop.hooks import install_api_hooks, install_engine_hooks
-    from vllm_calidrop.registration import backend_member
+    from vllm_calidrop.hooks.registration import backend_member
 
     backend_member()
     install_engine_hooks()

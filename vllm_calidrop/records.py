@@ -22,7 +22,7 @@ COUNTERS = ("recomputes", "merges", "plain", "group_reads", "pages_read", "skipp
 
 @dataclass(frozen=True)
 class RecallRecord:
-    """How one sequence recalls pages, and what it holds for that on the device (vllm_calidrop/recall).
+    """How one sequence recalls pages, and what it holds for that on the device (vllm_calidrop/evicted/recall).
 
     theta: the look gate. top_p: None for the top-k choice. most: pages of one look. sketch_blocks: as many as swap
     blocks; buffer_ids: one per place of its page buffer, each for every layer and KV head.

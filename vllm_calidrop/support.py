@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_calidrop.selection import BACKEND_NAME
 
 if TYPE_CHECKING:
-    from vllm_calidrop.settings import RequestSettings
+    from vllm_calidrop.settings.request import RequestSettings
 
 logger = logging.getLogger("vllm.calidrop")
 
@@ -74,12 +74,12 @@ XFORMERS_VALUES: dict[str, tuple[Any, ...]] = {**CUDA_VALUES, "kv_codec": ("none
 
 def refuse_settings(settings: RequestSettings) -> None:
     """Raise SettingsError, naming the field, for a request whose settings this platform has no kernels for."""
-    from vllm_calidrop.flavour import uses_cuda_flavour
-    from vllm_calidrop.settings import SettingsError
+    from vllm_calidrop.ops.flavour import uses_cuda_flavour
+    from vllm_calidrop.settings.request import SettingsError
 
     if not settings.calibrates or not uses_cuda_flavour():
         return
-    from vllm_calidrop.attention.ops import gpu
+    from vllm_calidrop.ops import gpu
 
     by_xformers = gpu.choice() == "xformers"
     for name, values in (XFORMERS_VALUES if by_xformers else CUDA_VALUES).items():
@@ -120,7 +120,7 @@ def refuse_layer(impl: Any) -> None:
 
 def refuse_groups(kv_cache_config: Any) -> None:
     """Raise UnsupportedError unless all of the KV cache is one group of plain full attention."""
-    from vllm_calidrop.cache.spec import CaliDropSpec
+    from vllm_calidrop.scheduler.spec import CaliDropSpec
 
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
     kinds = sorted({type(spec).__name__ for spec in specs if not isinstance(spec, CaliDropSpec)})

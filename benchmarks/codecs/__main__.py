@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM
 from benchmarks.codecs.keys import SYNTHETIC, Run, evicted_of, synthetic
 from benchmarks.codecs.reload import Reload, measure
 from benchmarks.small_model.language import TASKS, WORD_ID, make
-from vllm_calidrop.attention.ops import cpu
-from vllm_calidrop.attention.ops.decode import decode_op
-from vllm_calidrop.cache.codecs import NAMES, codec_of
-from vllm_calidrop.calibration import attention_state
+from vllm_calidrop.algorithm.calibration import attention_state
+from vllm_calidrop.evicted.codecs import NAMES, codec_of
+from vllm_calidrop.ops.choice import decode_op
+from vllm_calidrop.ops.reference import decode as cpu
 
 MODEL = "benchmarks/small_model/smooth"
 SEED = 20_000

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.recall_check import capture
-from vllm_calidrop.policies import POLICIES, ScoreInputs
+from vllm_calidrop.algorithm.policies import POLICIES, ScoreInputs
 
 
 class Run(NamedTuple):

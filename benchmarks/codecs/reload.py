@@ -7,11 +7,11 @@ import time
 import torch
 
 from vllm_calidrop.attention.metadata import DecodeRows
-from vllm_calidrop.attention.ops.decode import DecodeOp
-from vllm_calidrop.attention.ops.packed import PackedCache
-from vllm_calidrop.cache.codecs import NAMES, number_of
-from vllm_calidrop.cache.swap import SwapPool
-from vllm_calidrop.state_table import StateTable
+from vllm_calidrop.evicted.codecs import NAMES, number_of
+from vllm_calidrop.evicted.pool import SwapPool
+from vllm_calidrop.ops.choice import DecodeOp
+from vllm_calidrop.ops.packed import PackedCache
+from vllm_calidrop.worker.state_table import StateTable
 
 BLOCK_SIZE, KEPT = 32, 64
 

@@ -10,8 +10,8 @@ from benchmarks.kernels import workload
 from benchmarks.kernels.device import seconds
 from benchmarks.kernels.resources import ModelShape
 from benchmarks.kernels.workload import Limits
-from vllm_calidrop.attention.ops import triton as ops
-from vllm_calidrop.cache.codecs import codec_of, number_of
+from vllm_calidrop.evicted.codecs import codec_of, number_of
+from vllm_calidrop.ops import triton as ops
 
 DECODE_GOAL, RELOAD_GOAL = 0.85, 0.9
 

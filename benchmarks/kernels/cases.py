@@ -13,8 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_calidrop.attention.ops.gpu import DecodeStep
-from vllm_calidrop.attention.ops.triton import (
+from vllm_calidrop.algorithm.calibration import AttentionState, Gate, attention_state, cosine, decide, merge_states
+from vllm_calidrop.evicted.codecs import codec_of, number_of
+from vllm_calidrop.evicted.codecs.layout import layout_table
+from vllm_calidrop.evicted.pool import SwapPool
+from vllm_calidrop.ops.gpu import DecodeStep
+from vllm_calidrop.ops.triton import (
     NO_BUDGET,
     KVCache,
     Rows,
@@ -23,12 +27,8 @@ from vllm_calidrop.attention.ops.triton import (
     State,
     decode_step,
 )
-from vllm_calidrop.cache.codecs import codec_of, number_of
-from vllm_calidrop.cache.codecs.layout import layout_table
-from vllm_calidrop.cache.swap import SwapPool
-from vllm_calidrop.calibration import AttentionState, Gate, attention_state, cosine, decide, merge_states
 from vllm_calidrop.records import COUNTERS
-from vllm_calidrop.state_table import StateTable
+from vllm_calidrop.worker.state_table import StateTable
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], AttentionState]
 LAYERS, LAYER = 2, 1

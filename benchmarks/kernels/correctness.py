@@ -21,12 +21,12 @@ from benchmarks.kernels.cases import (
     run,
 )
 from benchmarks.kernels.prompts import Prompt
-from vllm_calidrop.attention.ops import triton as ops
-from vllm_calidrop.cache.codecs import NAMES
-from vllm_calidrop.cache.layout import PAGE_TOKENS, swap_blocks_for
-from vllm_calidrop.cache.swap import SwapPool
-from vllm_calidrop.calibration import Gate
-from vllm_calidrop.state_table import StateTable
+from vllm_calidrop.algorithm.calibration import Gate
+from vllm_calidrop.evicted.codecs import NAMES
+from vllm_calidrop.evicted.layout import PAGE_TOKENS, swap_blocks_for
+from vllm_calidrop.evicted.pool import SwapPool
+from vllm_calidrop.ops import triton as ops
+from vllm_calidrop.worker.state_table import StateTable
 
 # Weights are rounded to the cache's dtype before they meet the values.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -85,7 +85,7 @@ def check_codecs(shape: Shape, device: torch.device, toy: bool) -> None:
 
 def check_xformers(shape: Shape, device: torch.device, toy: bool) -> None:
     """Where xFormers can serve the shape; other shapes have nothing to be wrong in."""
-    from vllm_calidrop.attention.ops import xformers
+    from vllm_calidrop.ops import xformers
 
     tolerance = TOLERANCE[shape.dtype]
     for rows in [ROWS[:4]] if toy else [ROWS, LONG]:

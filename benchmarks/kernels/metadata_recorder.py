@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_calidrop.attention.cuda.metadata import CaliDropCudaMetadataBuilder
-from vllm_calidrop.attention.cuda.worker import CaliDropCudaWorker
+from vllm_calidrop.attention.cuda_metadata import CaliDropCudaMetadataBuilder
 from vllm_calidrop.records import SequenceRecord, StepRecords
-from vllm_calidrop.worker import active_worker
+from vllm_calidrop.worker.cuda_worker import CaliDropCudaWorker
+from vllm_calidrop.worker.worker import active_worker
 
 
 class MetadataRecorder:

@@ -13,14 +13,14 @@ from benchmarks.kernels import workload
 from benchmarks.kernels.device import seconds
 from benchmarks.kernels.resources import ModelShape
 from benchmarks.kernels.workload import Limits, Workload
-from vllm_calidrop.attention.ops.gpu import DecodeStep
+from vllm_calidrop.ops.gpu import DecodeStep
 
 
 def xformers_step(work: Workload) -> DecodeStep | None:
     """The second implementation, where it is installed and can serve this workload."""
     if importlib.util.find_spec("xformers") is None:
         return None
-    from vllm_calidrop.attention.ops import xformers
+    from vllm_calidrop.ops import xformers
 
     refused = xformers.refusal(work.query.dtype, work.query.shape[-1], work.cache)
     return None if refused and work.query.device.type == "cuda" else xformers.decode_step

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from benchmarks.recall_check import synthetic
 from benchmarks.recall_check.evaluate import Figures, LayerKV, Rule, evaluate
-from vllm_calidrop.policies import POLICIES, ScoreInputs
-from vllm_calidrop.policies.h2o import add_column_sums
-from vllm_calidrop.settings import RequestSettings
+from vllm_calidrop.algorithm.policies import POLICIES, ScoreInputs
+from vllm_calidrop.algorithm.policies.h2o import add_column_sums
+from vllm_calidrop.settings.request import RequestSettings
 
 WAYS = ("none", "pages, look always", "pages", "buffer", "all", "2 bits")
 

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_calidrop.cache.layout import PAGE_TOKENS
-from vllm_calidrop.calibration import AttentionState, attention_state, cosine, merge_states
-from vllm_calidrop.recall.looks import page_shares, wanted_pages
-from vllm_calidrop.recall.sketch import decoded, encode, estimate, rotation
+from vllm_calidrop.algorithm.calibration import AttentionState, attention_state, cosine, merge_states
+from vllm_calidrop.evicted.layout import PAGE_TOKENS
+from vllm_calidrop.evicted.recall.looks import page_shares, wanted_pages
+from vllm_calidrop.evicted.recall.sketch import decoded, encode, estimate, rotation
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,17 @@ from vllm import _custom_ops as ops
 
 from benchmarks.throughput.timing import interleaved, load, ratio
 from vllm_calidrop.attention.metadata import DecodeRows
-from vllm_calidrop.attention.ops import cpu, native, recall
-from vllm_calidrop.attention.ops.decode import RecallOp
-from vllm_calidrop.attention.ops.native import recall as native_recall
-from vllm_calidrop.attention.ops.packed import PackedCache
-from vllm_calidrop.cache.codecs import codec_of, number_of
-from vllm_calidrop.cache.layout import SWAP_BLOCK_TOKENS, swap_blocks_for
-from vllm_calidrop.cache.swap import SwapPool
-from vllm_calidrop.recall.store import RecallRows, RecallStore
-from vllm_calidrop.state_table import StateTable
+from vllm_calidrop.evicted.codecs import codec_of, number_of
+from vllm_calidrop.evicted.layout import SWAP_BLOCK_TOKENS, swap_blocks_for
+from vllm_calidrop.evicted.pool import SwapPool
+from vllm_calidrop.evicted.recall.store import RecallRows, RecallStore
+from vllm_calidrop.ops import cpp as native
+from vllm_calidrop.ops.choice import RecallOp
+from vllm_calidrop.ops.cpp import recall as native_recall
+from vllm_calidrop.ops.packed import PackedCache
+from vllm_calidrop.ops.reference import decode as cpu
+from vllm_calidrop.ops.reference import recall
+from vllm_calidrop.worker.state_table import StateTable
 
 
 @dataclass(frozen=True)

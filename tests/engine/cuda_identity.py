@@ -29,8 +29,8 @@ class Replays:
     def __init__(self, runner: Any) -> None:
         from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
 
-        from vllm_calidrop.attention.cuda.impl import CaliDropCudaImpl
-        from vllm_calidrop.attention.cuda.metadata import CaliDropCudaMetadataBuilder
+        from vllm_calidrop.attention.cuda_impl import CaliDropCudaImpl
+        from vllm_calidrop.attention.cuda_metadata import CaliDropCudaMetadataBuilder
 
         CaliDropCudaMetadataBuilder._replays_graphs = True  # type: ignore[assignment,method-assign]
         layers = sorted(runner.vllm_config.compilation_config.static_forward_context)

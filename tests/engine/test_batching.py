@@ -9,7 +9,7 @@ import pytest
 
 from tests.engine.cases import CALIBRATION, POLICIES, CachedReference, prompt_of
 from tests.engine.harness import MAY_STOP, Answer, Ask, Engine, assert_equal_to_reference, too_close
-from vllm_calidrop.cache.swap import SwapLedger
+from vllm_calidrop.evicted.pool import SwapLedger
 
 pytestmark = pytest.mark.engine
 ENGINES = ("block32-whole", "block16-chunk100", "block128-chunk64")

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.engine.cases import ROOT
-from vllm_calidrop.flavour import FLAVOUR_VARIABLE
+from vllm_calidrop.ops.flavour import FLAVOUR_VARIABLE
 
 pytestmark = pytest.mark.engine
 

@@ -7,8 +7,8 @@ import pytest
 from tests.engine.cases import MODEL, CachedReference, ask_of, covering_combinations, prompt_of
 from tests.engine.harness import Ask, Engine, assert_equal_to_reference
 from tests.engine.test_recall import PAGES, asks_of
-from vllm_calidrop.attention.ops import decode
-from vllm_calidrop.attention.ops.native import build
+from vllm_calidrop.ops import choice as decode
+from vllm_calidrop.ops.cpp import build
 
 pytestmark = pytest.mark.engine
 

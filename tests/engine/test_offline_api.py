@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from tests.engine.harness import Engine
-from vllm_calidrop.defaults import VersionedSettings
-from vllm_calidrop.settings import RequestSettings, ServerSettings
+from vllm_calidrop.settings.defaults import VersionedSettings
+from vllm_calidrop.settings.request import RequestSettings
+from vllm_calidrop.settings.server import ServerSettings
 
 pytestmark = pytest.mark.engine
 

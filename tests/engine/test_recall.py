@@ -10,8 +10,8 @@ import pytest
 
 from tests.engine.cases import POLICIES, CachedReference, prompt_of
 from tests.engine.harness import MAY_STOP, Ask, Engine, assert_equal_to_reference, difference, too_close
-from vllm_calidrop.cache.layout import PAGE_TOKENS
-from vllm_calidrop.cache.swap import SwapLedger
+from vllm_calidrop.evicted.layout import PAGE_TOKENS
+from vllm_calidrop.evicted.pool import SwapLedger
 
 pytestmark = pytest.mark.engine
 ENGINES = ("block32-whole", "block16-chunk100", "block128-chunk64")

@@ -24,7 +24,7 @@ from schemathesis import GenerationMode
 
 from tests.engine.conftest import CALIDROP_SERVER, serving
 from vllm_calidrop import metrics
-from vllm_calidrop.settings import RequestSettings
+from vllm_calidrop.settings.request import RequestSettings
 
 pytestmark = pytest.mark.engine
 

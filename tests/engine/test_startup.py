@@ -16,9 +16,9 @@ import torch
 import transformers
 
 from tests.engine.cases import ROOT
-from vllm_calidrop.cache.spec import CaliDropSpec
 from vllm_calidrop.hooks import on_import, wrap
 from vllm_calidrop.hooks.wrap import SUPPORTED_VLLM, HookError
+from vllm_calidrop.scheduler.spec import CaliDropSpec
 from vllm_calidrop.support import UnsupportedError, refuse_groups, refuse_platform
 
 pytestmark = pytest.mark.engine
@@ -229,7 +229,7 @@ def test_a_module_that_vllm_renamed(llama: str, monkeypatch: pytest.MonkeyPatch)
 def test_an_engine_whose_hooks_are_missing(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.engine.core import EngineCore
 
-    from vllm_calidrop.hooks.engine_core import _REQUIRED
+    from vllm_calidrop.hooks.engine.engine_core import _REQUIRED
 
     config = create_config(llama)
     for symbol in _REQUIRED:
@@ -324,7 +324,7 @@ print(*sorted(symbols), sep="\\n")
 
 def test_every_hook_refuses_what_it_does_not_know() -> None:
     """For each wrapped symbol: gone, other parameters, its class gone. Then nothing is wrong, and all are installed."""
-    from vllm_calidrop.hooks.engine_core import _REQUIRED
+    from vllm_calidrop.hooks.engine.engine_core import _REQUIRED
 
     run = run_python(EVERY_HOOK)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -9,10 +9,10 @@ import torch
 from triton.runtime.interpreter import interpreter_builder
 
 from benchmarks.kernels.cases import LAYER, ROWS, Row, Shape, assert_same, copy_of, make, run
-from vllm_calidrop.attention.ops.triton import contract, make_scratch, scratch_bytes, splits_for, view_scratch
-from vllm_calidrop.attention.ops.triton.contract import evicted_splits_for
-from vllm_calidrop.cache.codecs import NAMES
-from vllm_calidrop.calibration import Gate
+from vllm_calidrop.algorithm.calibration import Gate
+from vllm_calidrop.evicted.codecs import NAMES
+from vllm_calidrop.ops.triton import contract, make_scratch, scratch_bytes, splits_for, view_scratch
+from vllm_calidrop.ops.triton.contract import evicted_splits_for
 from vllm_calidrop.records import COUNTERS
 
 SHAPES = [

@@ -7,7 +7,11 @@ import torch
 
 from benchmarks.kernels.cases import LAYER, Shape, dirty_scratch
 from benchmarks.kernels.prompts import Prompt
-from vllm_calidrop.attention.ops.triton import (
+from vllm_calidrop.algorithm.calibration import attention_state
+from vllm_calidrop.algorithm.policies import h2o
+from vllm_calidrop.evicted.layout import SWAP_BLOCK_TOKENS, swap_blocks_for
+from vllm_calidrop.evicted.pool import SwapPool
+from vllm_calidrop.ops.triton import (
     KVCache,
     State,
     add_column_sums,
@@ -18,11 +22,7 @@ from vllm_calidrop.attention.ops.triton import (
     score,
     score_scratch_elements,
 )
-from vllm_calidrop.cache.layout import SWAP_BLOCK_TOKENS, swap_blocks_for
-from vllm_calidrop.cache.swap import SwapPool
-from vllm_calidrop.calibration import attention_state
-from vllm_calidrop.policies import h2o
-from vllm_calidrop.state_table import StateTable
+from vllm_calidrop.worker.state_table import StateTable
 
 SHAPES = [
     Shape(head_dim=32),

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_calidrop.attention.cuda import self_check as checked
-from vllm_calidrop.attention.cuda.self_check import SelfCheckError, self_check
-from vllm_calidrop.attention.cuda.worker import CaliDropCudaWorker
-from vllm_calidrop.attention.ops.gpu import CHOICE_VARIABLE
 from vllm_calidrop.memory import ModelShape, PoolSizes
+from vllm_calidrop.ops.gpu import CHOICE_VARIABLE
+from vllm_calidrop.worker import self_check as checked
+from vllm_calidrop.worker.cuda_worker import CaliDropCudaWorker
+from vllm_calidrop.worker.self_check import SelfCheckError, self_check
 
 SCALE = 64**-0.5
 

@@ -7,9 +7,9 @@ import torch
 
 from benchmarks.kernels.cases import LAYER, ROWS, Row, Shape, assert_same, make, run
 from benchmarks.kernels.device import let_xformers_be_interpreted
-from vllm_calidrop.attention.ops import gpu, xformers
-from vllm_calidrop.attention.ops import triton as kernels
-from vllm_calidrop.calibration import Gate
+from vllm_calidrop.algorithm.calibration import Gate
+from vllm_calidrop.ops import gpu, xformers
+from vllm_calidrop.ops import triton as kernels
 
 let_xformers_be_interpreted()
 

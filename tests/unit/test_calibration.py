@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vllm_calidrop.calibration import AttentionState, Gate, attention_state, cosine, decide, merge_states
+from vllm_calidrop.algorithm.calibration import AttentionState, Gate, attention_state, cosine, decide, merge_states
 
 TOLERANCE: dict[str, Any] = {"atol": 2e-5, "rtol": 2e-5}
 SEEDS = st.integers(0, 2**31)

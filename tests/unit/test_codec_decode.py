@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from tests.unit.test_native_decode import LAYER, LAYERS, Case, assert_same
-from vllm_calidrop.attention.ops import cpu, native
-from vllm_calidrop.attention.ops.native import build
-from vllm_calidrop.cache.codecs import NAMES
-from vllm_calidrop.cache.swap import SwapPool
-from vllm_calidrop.calibration import Gate, cosine, decide
+from vllm_calidrop.algorithm.calibration import Gate, cosine, decide
+from vllm_calidrop.evicted.codecs import NAMES
+from vllm_calidrop.evicted.pool import SwapPool
+from vllm_calidrop.ops import cpp as native
+from vllm_calidrop.ops.cpp import build
+from vllm_calidrop.ops.reference import decode as cpu
 from vllm_calidrop.records import COUNTERS
-from vllm_calidrop.state_table import StateTable
+from vllm_calidrop.worker.state_table import StateTable
 
 ENCODED = ("int2", "none", "fp8", "int4_plain", "int8")
 

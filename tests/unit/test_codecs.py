@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.reference.codecs import stored_as
-from vllm_calidrop.cache.codecs import CODECS, NAMES, Codec, GroupedCodec, codec_of, number_of
-from vllm_calidrop.cache.codecs.grouped import NOWHERE, bfloat16_above, bfloat16_below
-from vllm_calidrop.cache.codecs.outliers import outlier_tokens
-from vllm_calidrop.cache.layout import PAGE_TOKENS, SWAP_BLOCK_TOKENS
-from vllm_calidrop.calibration import attention_state
+from vllm_calidrop.algorithm.calibration import attention_state
+from vllm_calidrop.evicted.codecs import CODECS, NAMES, Codec, GroupedCodec, codec_of, number_of
+from vllm_calidrop.evicted.codecs.grouped import NOWHERE, bfloat16_above, bfloat16_below
+from vllm_calidrop.evicted.codecs.outliers import outlier_tokens
+from vllm_calidrop.evicted.layout import PAGE_TOKENS, SWAP_BLOCK_TOKENS
 
 QUANTISED = NAMES[1:]
 WITH_OUTLIERS = ("fp8", "int8", "int4", "int2")

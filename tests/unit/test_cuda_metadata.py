@@ -17,17 +17,17 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGra
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_calidrop.attention.cuda.backend import CaliDropCudaBackend
-from vllm_calidrop.attention.cuda.metadata import CaliDropCudaMetadata, CaliDropCudaMetadataBuilder
-from vllm_calidrop.attention.cuda.step_table import StepTable
-from vllm_calidrop.attention.cuda.worker import CaliDropCudaWorker
-from vllm_calidrop.cache.layout import first_kept_block, view_start
-from vllm_calidrop.cache.spec import CaliDropSpec
-from vllm_calidrop.hooks import cudagraphs
+from vllm_calidrop.attention.cuda_backend import CaliDropCudaBackend
+from vllm_calidrop.attention.cuda_metadata import CaliDropCudaMetadata, CaliDropCudaMetadataBuilder
+from vllm_calidrop.evicted.layout import first_kept_block, view_start
+from vllm_calidrop.hooks.engine import cudagraphs
 from vllm_calidrop.hooks.wrap import original_of
 from vllm_calidrop.memory import ModelShape, PoolSizes
 from vllm_calidrop.records import SequenceRecord, StepRecords
-from vllm_calidrop.worker import step_of
+from vllm_calidrop.scheduler.spec import CaliDropSpec
+from vllm_calidrop.worker.cuda_worker import CaliDropCudaWorker
+from vllm_calidrop.worker.step_table import StepTable
+from vllm_calidrop.worker.worker import step_of
 
 BLOCK_SIZE, MAX_ROWS, MAX_TOKENS, MAX_LEN = 16, 8, 64, 256
 LAYER = "model.layers.0.attn"

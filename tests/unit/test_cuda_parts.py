@@ -16,19 +16,20 @@ from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import MultipleOf
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from vllm_calidrop.attention.cuda import host_pool
-from vllm_calidrop.attention.cuda.backend import CaliDropCudaBackend
-from vllm_calidrop.attention.cuda.host_pool import PinnedSwapPool, runs, staging_bytes
-from vllm_calidrop.attention.cuda.kv_cache import kv_views
-from vllm_calidrop.attention.cuda.room import RANKING_BYTES, compaction_bytes, device_bytes, leave_room_on_device
-from vllm_calidrop.attention.cuda.worker import CaliDropCudaWorker
-from vllm_calidrop.attention.ops.gpu import CHOICE_VARIABLE
-from vllm_calidrop.cache.codecs import number_of
-from vllm_calidrop.cache.layout import SWAP_BLOCK_TOKENS, swap_blocks_for
-from vllm_calidrop.cache.swap import SwapPool
+from vllm_calidrop.attention.cuda_backend import CaliDropCudaBackend
+from vllm_calidrop.evicted import pinned_pool as host_pool
+from vllm_calidrop.evicted.codecs import number_of
+from vllm_calidrop.evicted.layout import SWAP_BLOCK_TOKENS, swap_blocks_for
+from vllm_calidrop.evicted.pinned_pool import PinnedSwapPool, runs, staging_bytes
+from vllm_calidrop.evicted.pool import SwapPool
 from vllm_calidrop.memory import ModelShape, PoolSizes
-from vllm_calidrop.settings import RequestSettings, ServerSettings, SettingsError
+from vllm_calidrop.ops.gpu import CHOICE_VARIABLE
+from vllm_calidrop.ops.kv_cache import kv_views
+from vllm_calidrop.settings.request import RequestSettings, SettingsError
+from vllm_calidrop.settings.server import ServerSettings
 from vllm_calidrop.support import refuse_settings
+from vllm_calidrop.worker.cuda_worker import CaliDropCudaWorker
+from vllm_calidrop.worker.room import RANKING_BYTES, compaction_bytes, device_bytes, leave_room_on_device
 
 CPU = torch.device("cpu")
 
@@ -223,7 +224,7 @@ def test_requests_without_kernels_on_cuda(monkeypatch: pytest.MonkeyPatch) -> No
     asked: list[dict[str, Any]] = [{"kv_recall": "pages"}, {"kv_codec": "int8"}, {"kv_read_budget": 4096}]
     for names in asked:
         refuse_settings(RequestSettings(kv_budget=64, **names))
-    monkeypatch.setattr("vllm_calidrop.flavour.uses_cuda_flavour", lambda: True)
+    monkeypatch.setattr("vllm_calidrop.ops.flavour.uses_cuda_flavour", lambda: True)
     for op, refused in (("triton", asked[:1]), ("xformers", asked)):
         monkeypatch.setenv(CHOICE_VARIABLE, op)
         for names in asked:

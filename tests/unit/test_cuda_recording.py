@@ -17,12 +17,12 @@ import torch
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_calidrop.attention.cuda.metadata import CaliDropCudaMetadataBuilder
-from vllm_calidrop.attention.cuda.worker import CaliDropCudaWorker
-from vllm_calidrop.cache.spec import CaliDropSpec
+from vllm_calidrop.attention.cuda_metadata import CaliDropCudaMetadataBuilder
 from vllm_calidrop.memory import ModelShape, PoolSizes
 from vllm_calidrop.records import SequenceRecord, StepRecords
-from vllm_calidrop.worker import step_of
+from vllm_calidrop.scheduler.spec import CaliDropSpec
+from vllm_calidrop.worker.cuda_worker import CaliDropCudaWorker
+from vllm_calidrop.worker.worker import step_of
 
 RECORDINGS = sorted((Path(__file__).parent / "recordings").glob("*.json"))
 CPU = torch.device("cpu")

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from vllm_calidrop.defaults import VersionedSettings
-from vllm_calidrop.settings import RequestSettings, ServerSettings, SettingsError
+from vllm_calidrop.settings.defaults import VersionedSettings
+from vllm_calidrop.settings.request import RequestSettings, SettingsError
+from vllm_calidrop.settings.server import ServerSettings
 
 START = VersionedSettings(
     1, ServerSettings.from_additional_config({"calidrop": {"kv_budget": 64, "kv_theta1": 0.6, "swap_bytes": 10}})

@@ -18,7 +18,7 @@ import yaml
 
 from deploy.dockerfile import ROOT, read_stages
 from vllm_calidrop.metrics import METRICS
-from vllm_calidrop.settings import ServerSettings
+from vllm_calidrop.settings.server import ServerSettings
 
 DEPLOY = ROOT / "deploy"
 KUBERNETES = "1.34"

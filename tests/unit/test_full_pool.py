@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from tests.unit.test_ledger import NOTHING, admit, make_ledger, make_request
-from vllm_calidrop.cache.full_pool import Refusal
-from vllm_calidrop.hooks import refusals, verdict
-from vllm_calidrop.hooks.retry import PoolFullError, answer_pool_full
+from vllm_calidrop.hooks.api import refusals, verdict
+from vllm_calidrop.hooks.api.retry import PoolFullError, answer_pool_full
+from vllm_calidrop.scheduler.full_pool import Refusal
 
 EIGHT_BLOCKS = {"kv_budget": 100}  # of a prompt of 1,000 tokens: 900 evicted, 8 blocks
 

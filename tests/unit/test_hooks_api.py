@@ -193,7 +193,7 @@ def output(index: int, finish_reason: str | None = None, calidrop: Any = None) -
 
 
 def test_stream_is_not_delayed_and_its_last_chunk_has_the_reports() -> None:
-    from vllm_calidrop.hooks.openai_reports import _Reports, _with_reports_on_last_chunk
+    from vllm_calidrop.hooks.api.openai_reports import _Reports, _with_reports_on_last_chunk
 
     async def collect(chunks: list[tuple[str, SimpleNamespace | None]], choices: int) -> list[tuple[str, str]]:
         """Pairs (newest chunk the engine's side has made, chunk the client got)."""
@@ -240,7 +240,7 @@ def test_stream_is_not_delayed_and_its_last_chunk_has_the_reports() -> None:
 
 
 def test_closing_the_stream_closes_the_engine_s_generator() -> None:
-    from vllm_calidrop.hooks.openai_reports import _Reports, _seen, _with_reports_on_last_chunk
+    from vllm_calidrop.hooks.api.openai_reports import _Reports, _seen, _with_reports_on_last_chunk
 
     closed: list[str] = []
 
@@ -273,7 +273,7 @@ class TestNames:
     def asked(self, body: dict[str, Any], **fields: Any) -> dict[str, Any]:
         from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-        from vllm_calidrop.hooks.openai_requests import asked_names
+        from vllm_calidrop.hooks.api.openai_requests import asked_names
 
         return asked_names(CompletionRequest(**{"prompt": "x", **body, **fields}), body)
 
@@ -293,7 +293,7 @@ class TestNames:
         assert type(names["kv_sinks"]) is int
 
     def test_fields_that_a_translated_request_lost_are_found_in_the_body(self) -> None:
-        from vllm_calidrop.hooks.openai_requests import asked_names
+        from vllm_calidrop.hooks.api.openai_requests import asked_names
 
         assert asked_names(SimpleNamespace(vllm_xargs=None, model_extra=None), {"kv_budget": 3}) == {"kv_budget": 3}
 
@@ -309,7 +309,7 @@ class TestNames:
     def test_names_reach_extra_args_in_a_new_dict_and_only_through_a_handler(self) -> None:
         from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
-        from vllm_calidrop.hooks import openai_requests
+        from vllm_calidrop.hooks.api import openai_requests
 
         request = CompletionRequest(prompt="x", vllm_xargs={"mine": 1}, kv_budget=8)
         assert request.to_sampling_params(4).extra_args == {"mine": 1}
@@ -328,9 +328,9 @@ class TestInputProcessor:
     def process(self, extra_args: dict[str, Any] | None, selected: bool = True, resumable: bool = False) -> Any:
         from vllm import SamplingParams
 
-        from vllm_calidrop.defaults import VersionedSettings
-        from vllm_calidrop.hooks import input_processor
-        from vllm_calidrop.settings import ServerSettings
+        from vllm_calidrop.hooks.api import input_processor
+        from vllm_calidrop.settings.defaults import VersionedSettings
+        from vllm_calidrop.settings.server import ServerSettings
 
         params = SamplingParams(extra_args=extra_args)
 
@@ -346,7 +346,7 @@ class TestInputProcessor:
         return requests[0].sampling_params.extra_args
 
     def test_every_request_of_a_selected_engine_has_a_complete_record(self) -> None:
-        from vllm_calidrop.settings import RequestSettings
+        from vllm_calidrop.settings.request import RequestSettings
 
         for extra in (None, {}, {"kv_budget": 8}, {"mine": 1, "kv_budget": None}):
             sent = self.process(extra)

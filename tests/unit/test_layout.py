@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_calidrop.cache.layout import (
+from vllm_calidrop.evicted.layout import (
     PAGE_TOKENS,
     SWAP_BLOCK_TOKENS,
     cacheable_hit,

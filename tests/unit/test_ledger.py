@@ -16,15 +16,15 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
-from vllm_calidrop.cache.codecs import NAMES
-from vllm_calidrop.cache.growth import most_blocks
-from vllm_calidrop.cache.layout import first_kept_block, swap_blocks_for
-from vllm_calidrop.cache.ledger import Ledger, prefill_state_bytes, settings_of
-from vllm_calidrop.cache.reports import Shape
+from vllm_calidrop.evicted.codecs import NAMES
+from vllm_calidrop.evicted.layout import first_kept_block, swap_blocks_for
 from vllm_calidrop.memory import PoolSizes
 from vllm_calidrop.records import COUNTERS, SequenceCounters, SequenceRecord
-from vllm_calidrop.sequences import SequenceTable
-from vllm_calidrop.settings import ServerSettings, resolve_request
+from vllm_calidrop.scheduler.growth import most_blocks
+from vllm_calidrop.scheduler.ledger import Ledger, prefill_state_bytes, settings_of
+from vllm_calidrop.scheduler.reports import Shape
+from vllm_calidrop.settings.server import ServerSettings, resolve_request
+from vllm_calidrop.worker.sequences import SequenceTable
 
 SHAPE = Shape(block_size=16, num_layers=2, num_kv_heads=2, num_query_heads=4, head_dim=16, dtype=torch.float16)
 NOTHING = dict.fromkeys(("sequences", "swap_blocks", "sketch_blocks", "buffer_pages", "state_slots", "quarantine"), 0)

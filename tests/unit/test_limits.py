@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from vllm_calidrop.defaults import VersionedSettings
-from vllm_calidrop.settings import LimitError, ServerSettings, SettingsError, resolve_request
+from vllm_calidrop.settings.defaults import VersionedSettings
+from vllm_calidrop.settings.request import LimitError, SettingsError
+from vllm_calidrop.settings.server import ServerSettings, resolve_request
 
 LIMITS = {
     "min_budget": 16,

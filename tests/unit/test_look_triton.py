@@ -16,9 +16,9 @@ pytest.importorskip("triton")
 INTERPRETED = """
 import itertools
 import torch
-from vllm_calidrop.attention.ops.look_triton import page_masses
-from vllm_calidrop.recall.sketch import encode, estimate
-from vllm_calidrop.recall.store import by_token, by_word
+from benchmarks.kernels.look_triton import page_masses
+from vllm_calidrop.evicted.recall.sketch import encode, estimate
+from vllm_calidrop.evicted.recall.store import by_token, by_word
 
 torch.manual_seed(0)
 for head_dim, group in itertools.product((64, 80, 128), (1, 4)):
@@ -43,7 +43,7 @@ COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from vllm_calidrop.attention.ops.look_triton import look_kernel
+from benchmarks.kernels.look_triton import look_kernel
 
 pointers = ["*fp32", "*fp32", "*u8", "*fp16", "*i64", "*i64", "*i64", "*fp32"]
 numbers = ["fp32", "i32", "i32", "fp32", "fp32"]

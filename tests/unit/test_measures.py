@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_calidrop.cache.reports import Shape
-from vllm_calidrop.cache.totals import Totals
-from vllm_calidrop.measures import Measures, observe_similarity, similarity_histogram
 from vllm_calidrop.metrics import COMPACTION_SECONDS, SIMILARITY
+from vllm_calidrop.scheduler.reports import Shape
+from vllm_calidrop.scheduler.totals import Totals
+from vllm_calidrop.worker.measures import Measures, observe_similarity, similarity_histogram
 
 
 def bucket(bound: float) -> int:

@@ -14,16 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
-from vllm_calidrop.attention.compaction import compact, observe_chunk
-from vllm_calidrop.attention.ops.decode import CHOICE_VARIABLE, uses_native
-from vllm_calidrop.attention.ops.packed import PackedCache
-from vllm_calidrop.attention.prefill import PrefillRow
-from vllm_calidrop.cache.layout import SWAP_BLOCK_TOKENS, first_kept_block, swap_blocks_for, view_start
-from vllm_calidrop.cache.ledger import prefill_state_bytes
-from vllm_calidrop.cache.reports import Shape
-from vllm_calidrop.cache.spec import CaliDropSpec
-from vllm_calidrop.cache.swap import SwapPool
 from vllm_calidrop.engine import leave_room, size_pools
+from vllm_calidrop.evicted.layout import SWAP_BLOCK_TOKENS, first_kept_block, swap_blocks_for, view_start
+from vllm_calidrop.evicted.pool import SwapPool
+from vllm_calidrop.evicted.recall.store import RecallStore
 from vllm_calidrop.memory import (
     SWAP_OF_FREE_HOST,
     SWAP_PER_KV,
@@ -38,11 +32,17 @@ from vllm_calidrop.memory import (
     swap_block_bytes,
     swap_bytes_beside,
 )
-from vllm_calidrop.recall.store import RecallStore
+from vllm_calidrop.ops.choice import CHOICE_VARIABLE, uses_native
+from vllm_calidrop.ops.packed import PackedCache
 from vllm_calidrop.records import RecallRecord, SequenceRecord
-from vllm_calidrop.sequences import Sequence
-from vllm_calidrop.settings import ServerSettings
-from vllm_calidrop.state_table import StateTable
+from vllm_calidrop.scheduler.ledger import prefill_state_bytes
+from vllm_calidrop.scheduler.reports import Shape
+from vllm_calidrop.scheduler.spec import CaliDropSpec
+from vllm_calidrop.settings.server import ServerSettings
+from vllm_calidrop.worker.compaction import compact, observe_chunk
+from vllm_calidrop.worker.prefill import PrefillRow
+from vllm_calidrop.worker.sequences import Sequence
+from vllm_calidrop.worker.state_table import StateTable
 
 GIB = 2**30
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
 
+from vllm_calidrop.algorithm.calibration import Gate, attention_state, cosine, merge_states
 from vllm_calidrop.attention.metadata import DecodeRows
-from vllm_calidrop.attention.ops import cpu, decode, native
-from vllm_calidrop.attention.ops.native import build
-from vllm_calidrop.attention.ops.packed import PackedCache
-from vllm_calidrop.cache.codecs import number_of
-from vllm_calidrop.cache.layout import SWAP_BLOCK_TOKENS
-from vllm_calidrop.cache.swap import SwapPool
-from vllm_calidrop.calibration import Gate, attention_state, cosine, merge_states
-from vllm_calidrop.measures import similarity_histogram
-from vllm_calidrop.state_table import StateTable
+from vllm_calidrop.evicted.codecs import number_of
+from vllm_calidrop.evicted.layout import SWAP_BLOCK_TOKENS
+from vllm_calidrop.evicted.pool import SwapPool
+from vllm_calidrop.ops import choice as decode
+from vllm_calidrop.ops import cpp as native
+from vllm_calidrop.ops.cpp import build
+from vllm_calidrop.ops.packed import PackedCache
+from vllm_calidrop.ops.reference import decode as cpu
+from vllm_calidrop.worker.measures import similarity_histogram
+from vllm_calidrop.worker.state_table import StateTable
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")
 

@@ -12,19 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from vllm_calidrop.attention.ops import recall as in_torch
-from vllm_calidrop.attention.ops.decode import RecallOp
-from vllm_calidrop.attention.ops.native import build
-from vllm_calidrop.attention.ops.native import recall as in_native
-from vllm_calidrop.cache.layout import pages_for, swap_blocks_for
-from vllm_calidrop.cache.swap import SwapPool
-from vllm_calidrop.calibration import AttentionState, cosine, merge_states
-from vllm_calidrop.recall.looks import page_shares
-from vllm_calidrop.recall.sketch import estimate
-from vllm_calidrop.recall.store import RecallStore
+from vllm_calidrop.algorithm.calibration import AttentionState, cosine, merge_states
+from vllm_calidrop.evicted.layout import pages_for, swap_blocks_for
+from vllm_calidrop.evicted.pool import SwapPool
+from vllm_calidrop.evicted.recall.looks import page_shares
+from vllm_calidrop.evicted.recall.sketch import estimate
+from vllm_calidrop.evicted.recall.store import RecallStore
+from vllm_calidrop.ops.choice import RecallOp
+from vllm_calidrop.ops.cpp import build
+from vllm_calidrop.ops.cpp import recall as in_native
+from vllm_calidrop.ops.reference import recall as in_torch
 from vllm_calidrop.records import COUNTERS, RecallRecord, SequenceRecord
-from vllm_calidrop.sequences import SequenceTable
-from vllm_calidrop.state_table import StateTable
+from vllm_calidrop.worker.sequences import SequenceTable
+from vllm_calidrop.worker.state_table import StateTable
 
 pytestmark = pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from vllm_calidrop.attention.ops.decode import TakeOp
-from vllm_calidrop.attention.ops.native import take as native_take
-from vllm_calidrop.attention.ops.packed import PackedCache, block_offsets
+from vllm_calidrop.ops.choice import TakeOp
+from vllm_calidrop.ops.cpp import take as native_take
+from vllm_calidrop.ops.packed import PackedCache, block_offsets
 
 AMX = torch.cpu._is_amx_tile_supported()
 # What vLLM itself chooses for a dtype, block size and head_dim; the test below holds it to that.
@@ -91,7 +91,7 @@ def test_takes_each_heads_own_tokens(
     isa: str, dtype: torch.dtype, block_size: int, head_dim: int, take: TakeOp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever is taken at once; never written tokens are NaN, so a wrong place is seen."""
-    monkeypatch.setattr("vllm_calidrop.attention.ops.packed._TAKEN_AT_ONCE", 7)
+    monkeypatch.setattr("vllm_calidrop.ops.packed._TAKEN_AT_ONCE", 7)
     tensor, blocks = empty_cache(block_size, head_dim, dtype), torch.tensor([3, 1, 4], dtype=torch.int32)
     tokens = 2 * block_size + 5
     keys, values = random_kv(tokens, head_dim, dtype)

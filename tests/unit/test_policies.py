@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.reference import Settings, policies
-from vllm_calidrop.policies import POLICIES, Policy, ScoreInputs, Selection
-from vllm_calidrop.policies.h2o import QUERY_TILE, add_column_sums
+from vllm_calidrop.algorithm.policies import POLICIES, Policy, ScoreInputs, Selection
+from vllm_calidrop.algorithm.policies.h2o import QUERY_TILE, add_column_sums
 
 KV_HEADS, GROUP, HEAD_DIM = 2, 2, 8
 SCALE = HEAD_DIM**-0.5

@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.recall_check import synthetic
 from benchmarks.recall_check.evaluate import Figures, LayerKV, Rule, _kept_states, _wanted, evaluate
-from vllm_calidrop.recall.looks import page_shares
-from vllm_calidrop.recall.sketch import encode, estimate
+from vllm_calidrop.evicted.recall.looks import page_shares
+from vllm_calidrop.evicted.recall.sketch import encode, estimate
 
 TOKENS, BUDGET, SPREAD = 1024, 128, 1.5
 SCALE = 128**-0.5

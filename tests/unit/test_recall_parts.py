@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.reference.recall import BOUNDARY, _code_and_scale, _quantise, _rotate, _unrotate
-from vllm_calidrop.recall.buffer import EMPTY, OLDEST, is_held, renew
-from vllm_calidrop.recall.looks import page_shares, wanted_pages
-from vllm_calidrop.recall.sketch import decoded, encode, estimate, padded_dim, rotation, token_bytes
+from vllm_calidrop.evicted.recall.buffer import EMPTY, OLDEST, is_held, renew
+from vllm_calidrop.evicted.recall.looks import page_shares, wanted_pages
+from vllm_calidrop.evicted.recall.sketch import decoded, encode, estimate, padded_dim, rotation, token_bytes
 
 
 def sample(*shape: int, seed: int = 0) -> Tensor:

@@ -12,16 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from vllm_calidrop.cache.codecs import NAMES
-from vllm_calidrop.settings import (
-    MAX_COUNT,
-    Codec,
-    RequestSettings,
-    ServerSettings,
-    SettingsError,
-    is_ours,
-    resolve_request,
-)
+from vllm_calidrop.evicted.codecs import NAMES
+from vllm_calidrop.settings.request import MAX_COUNT, Codec, RequestSettings, SettingsError, is_ours
+from vllm_calidrop.settings.server import ServerSettings, resolve_request
 
 NO_DEFAULTS = ServerSettings()
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_calidrop.calibration import AttentionState, Decision
+from vllm_calidrop.algorithm.calibration import AttentionState, Decision
 from vllm_calidrop.records import COUNTERS
-from vllm_calidrop.state_table import StateTable
+from vllm_calidrop.worker.state_table import StateTable
 
 LAYERS, SLOTS, KV_HEADS, GROUP, HEAD_DIM = 3, 4, 2, 3, 8
 

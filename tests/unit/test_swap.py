@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 from torch import Tensor
 
-from vllm_calidrop.cache.codecs import NAMES, number_of
-from vllm_calidrop.cache.layout import PAGE_TOKENS, SWAP_BLOCK_TOKENS, swap_blocks_for
-from vllm_calidrop.cache.swap import SwapLedger, SwapPool
+from vllm_calidrop.evicted.codecs import NAMES, number_of
+from vllm_calidrop.evicted.layout import PAGE_TOKENS, SWAP_BLOCK_TOKENS, swap_blocks_for
+from vllm_calidrop.evicted.pool import SwapLedger, SwapPool
 
 LAYERS, KV_HEADS, HEAD_DIM = 2, 3, 4
 

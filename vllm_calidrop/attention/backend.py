@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from vllm.v1.attention.backend import AttentionBackend
 
-from vllm_calidrop.cache import spec as cache_spec
-from vllm_calidrop.flavour import uses_cuda_flavour
+from vllm_calidrop.ops.flavour import uses_cuda_flavour
+from vllm_calidrop.scheduler import spec as cache_spec
 from vllm_calidrop.support import refuse_platform
 
 refuse_platform()
@@ -14,7 +14,7 @@ cache_spec.register()
 
 def _backend() -> type[AttentionBackend]:
     if uses_cuda_flavour():
-        from vllm_calidrop.attention.cuda.backend import CaliDropCudaBackend
+        from vllm_calidrop.attention.cuda_backend import CaliDropCudaBackend
 
         return CaliDropCudaBackend
     from vllm_calidrop.attention.cpu_backend import CaliDropCpuBackend

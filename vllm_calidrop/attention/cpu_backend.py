@@ -10,7 +10,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_calidrop.attention.impl import CaliDropImpl
 from vllm_calidrop.attention.metadata import CaliDropMetadataBuilder
-from vllm_calidrop.cache import spec as cache_spec
+from vllm_calidrop.scheduler import spec as cache_spec
 from vllm_calidrop.selection import BACKEND_NAME
 
 

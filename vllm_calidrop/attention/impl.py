@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
-from vllm_calidrop.attention.compaction import compact, observe_chunk
 from vllm_calidrop.attention.metadata import CaliDropMetadata, DecodeRows
-from vllm_calidrop.attention.ops.decode import decode_op, recall_op
-from vllm_calidrop.attention.ops.packed import PackedCache
+from vllm_calidrop.ops.choice import decode_op, recall_op
+from vllm_calidrop.ops.packed import PackedCache
 from vllm_calidrop.support import refuse_layer
-from vllm_calidrop.worker import CaliDropWorker, active_worker
+from vllm_calidrop.worker.compaction import compact, observe_chunk
+from vllm_calidrop.worker.worker import CaliDropWorker, active_worker
 
 
 class CaliDropImpl(CPUAttentionBackendImpl):

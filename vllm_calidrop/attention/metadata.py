@@ -12,10 +12,10 @@ from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttentionMetadataBuilder
 
-from vllm_calidrop.attention.prefill import PrefillRow, prefill_row
-from vllm_calidrop.recall.store import RecallRows
-from vllm_calidrop.sequences import SequenceTable
-from vllm_calidrop.worker import active_worker
+from vllm_calidrop.evicted.recall.store import RecallRows
+from vllm_calidrop.worker.prefill import PrefillRow, prefill_row
+from vllm_calidrop.worker.sequences import SequenceTable
+from vllm_calidrop.worker.worker import active_worker
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 def install_engine_hooks() -> None:
     """The engine's and the workers' side: decisions, records, counters, memory. Each waits for its module's import."""
-    from vllm_calidrop.hooks import (
+    from vllm_calidrop.hooks.engine import (
         cudagraphs,
         engine_core,
         kv_cache_manager,
@@ -22,7 +22,7 @@ def install_engine_hooks() -> None:
 
 def install_api_hooks() -> None:
     """The API process's side: settings of requests, and reports in responses. Each waits for its module's import."""
-    from vllm_calidrop.hooks import (
+    from vllm_calidrop.hooks.api import (
         beam_search,
         input_processor,
         openai_reports,

@@ -1,0 +1,1 @@
+"""The mathematics of CaliDrop and the eviction policies: pure functions of tensors, nothing of vLLM, no device code."""

@@ -1,1 +1,0 @@
-"""Operators of the decode and compaction paths."""

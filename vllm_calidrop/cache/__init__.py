@@ -1,1 +1,0 @@
-"""Where compressed and evicted KV lie, and who decides it."""

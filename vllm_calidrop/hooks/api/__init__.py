@@ -1,0 +1,1 @@
+"""The wraps of vLLM's API process: settings of requests, and reports in responses."""

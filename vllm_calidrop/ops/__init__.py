@@ -1,0 +1,1 @@
+"""The operators of a decode step and of compaction, as sets behind one contract."""

@@ -1,0 +1,210 @@
+"""Decode with recall by pages, in torch, for all such rows of a layer at once (docs/recall.md).
+
+A KV head group looks when one of its queries has turned away from the one of its last look. A look estimates every
+page's share of the attention from the sketch and reads the wanted pages alone. Without a buffer their state is kept and
+merged until the next look; with one the pages themselves stay and are attended with each query.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from vllm_calidrop.algorithm.calibration import AttentionState, attention_state, cosine, merge_states
+from vllm_calidrop.evicted.layout import PAGE_TOKENS, SWAP_BLOCK_TOKENS, swap_blocks_for
+from vllm_calidrop.evicted.pool import SwapPool
+from vllm_calidrop.evicted.recall.buffer import is_held, renew
+from vllm_calidrop.evicted.recall.looks import page_shares, wanted_pages
+from vllm_calidrop.evicted.recall.sketch import estimate
+from vllm_calidrop.evicted.recall.store import RecallRows, RecallStore
+from vllm_calidrop.worker.measures import observe_similarity
+from vllm_calidrop.worker.state_table import StateTable
+
+# Pairs of (sequence, KV head) look in groups of at most this many tokens, which bounds the decoded codes.
+LOOK_TOKENS = 1 << 17
+
+
+def add_recalled(
+    rows: RecallRows,
+    layer: int,
+    queries: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    pool: SwapPool,
+    table: StateTable,
+    store: RecallStore,
+    scale: float,
+) -> None:
+    """Merge what M of a step's N rows recall into their state over the kept tokens: out [N, Hq, D], lse [N, Hq].
+
+    queries: [N, Hq, D]. `out` becomes the rows' attention, `lse` stays.
+    """
+    mine, shape = rows.rows, (len(rows.rows), *table.query.shape[2:])
+    kept = AttentionState(out[mine].view(shape), lse[mine].view(shape[:-1]))
+    recalled = _recalled_state(rows, layer, queries[mine].view(shape), kept.lse, pool, table, store, scale)
+    out[mine] = merge_states(kept, recalled).out.view(len(mine), *out.shape[1:])
+
+
+def _recalled_state(
+    rows: RecallRows, layer: int, query: Tensor, kept_lse: Tensor, pool: SwapPool, table: StateTable,
+    store: RecallStore, scale: float,
+) -> AttentionState:  # fmt: skip
+    """The gate, the looks, and what they recall for M rows; query [M, H, G, D], kept_lse [M, H, G]."""
+    slots = rows.slots
+    rho = cosine(query, table.query[layer, slots])
+    observe_similarity(table.similarity, rho[store.looked[layer, slots]])
+    looks = (rho.amin(-1) < rows.theta[:, None]) | ~store.looked[layer, slots, None]
+    store.looked[layer, slots] = True
+
+    buffered = _buffered_state(rows, layer, query, store, scale)  # what was held before this step's looks
+    has_buffer = (rows.buffer_size > 0)[:, None] & ~looks
+    table.lse[layer, slots] = table.lse[layer, slots].masked_fill(has_buffer.unsqueeze(-1), -torch.inf)
+
+    pages_read = torch.zeros_like(looks, dtype=torch.int64)
+    skipped = None
+    row, kv_head = torch.nonzero(looks, as_tuple=True)
+    if row.numel():
+        step = max(1, LOOK_TOKENS // (swap_blocks_for(int(rows.stored.max())) * SWAP_BLOCK_TOKENS))
+        pairs = list(zip(row.split(step), kv_head.split(step)))
+        found = [_look(rows, layer, *some, query[some], kept_lse[some], store, scale) for some in pairs]
+        if rows.most_reads is not None:
+            found, skipped = _within_budget(rows, layer, row, kv_head, found, store)
+        for some, look in zip(pairs, found):
+            pages_read[some] = _read(rows, layer, *some, look.wanted, query[some], pool, table, store, scale)
+
+    recalled = AttentionState(table.out[layer, slots], table.lse[layer, slots])
+    if buffered is not None:
+        recalled = merge_states(recalled, buffered)
+    table.count_recall(layer, slots, looks, ~looks.unsqueeze(-1) & (recalled.lse > -torch.inf), pages_read, skipped)
+    return recalled
+
+
+class Look(NamedTuple):
+    """What N (row, KV head) pairs want: pages int64 [N, K], largest share first, -1 for none; share: float32 [N, K]."""
+
+    wanted: Tensor
+    share: Tensor
+
+
+def _look(
+    rows: RecallRows, layer: int, row: Tensor, kv_head: Tensor, query: Tensor, kept_lse: Tensor, store: RecallStore,
+    scale: float,
+) -> Look:  # fmt: skip
+    """Look at the sketch for N (row, KV head) pairs: query [N, G, D], kept_lse [N, G]."""
+    blocks = swap_blocks_for(int(rows.stored.max()))
+    sketch = store.sketch(layer, rows.slots[row], rows.sketch_blocks[row, :blocks], kv_head)
+    shares = page_shares(estimate(query, *sketch) * scale, rows.stored[row], kept_lse)
+    wanted = wanted_pages(shares, rows.eps[row], rows.top_p[row], rows.most[row])
+    return Look(wanted, shares.amax(1).gather(1, wanted.clamp_min(0)))
+
+
+def _within_budget(
+    rows: RecallRows, layer: int, row: Tensor, kv_head: Tensor, found: list[Look], store: RecallStore
+) -> tuple[list[Look], Tensor]:
+    """Of all pages that a row would read in this layer, the `most_reads` of largest share, ties to the lower KV head.
+
+    The others are wanted by nobody. Also returns how many those are, int64 [M].
+    """
+    assert rows.most_reads is not None
+    columns = max(look.wanted.shape[1] for look in found)
+    grow = [(0, columns - look.wanted.shape[1]) for look in found]
+    wanted = torch.cat([pad(look.wanted, by, value=-1) for look, by in zip(found, grow)])
+    share = torch.cat([pad(look.share, by) for look, by in zip(found, grow)])
+    held = _held(rows, row, store.held[layer, rows.buffer_ids[row], kv_head[:, None]])
+    pair, column = torch.nonzero((wanted >= 0) & ~is_held(wanted, held), as_tuple=True)
+
+    # Pairs lie row by row, so a stable sort by share and then by row leaves each row's pages in order of share.
+    order = share[pair, column].argsort(descending=True, stable=True)
+    order = order[row[pair[order]].argsort(stable=True)]
+    owner = row[pair[order]]
+    place = torch.arange(len(owner)) - torch.searchsorted(owner, owner)
+    beyond = order[place >= rows.most_reads[owner]]
+    wanted[pair[beyond], column[beyond]] = -1
+    skipped = torch.bincount(row[pair[beyond]], minlength=len(rows.rows))
+    parts = [len(look.wanted) for look in found]
+    return [Look(*part) for part in zip(wanted.split(parts), share.split(parts))], skipped
+
+
+def _read(
+    rows: RecallRows, layer: int, row: Tensor, kv_head: Tensor, wanted: Tensor, query: Tensor, pool: SwapPool,
+    table: StateTable, store: RecallStore, scale: float,
+) -> Tensor:  # fmt: skip
+    """Read the wanted pages of N (row, KV head) pairs that their buffers do not hold; query [N, G, D]. Stores the state
+    over the pages read and puts these into the pair's buffer. Returns how many were read, int64 [N]."""
+    slots, stored = rows.slots[row], rows.stored[row]
+    buffer_ids = rows.buffer_ids[row]
+    held = _held(rows, row, store.held[layer, buffer_ids, kv_head[:, None]])
+    read = (wanted >= 0) & ~is_held(wanted, held)
+
+    pair, column = torch.nonzero(read, as_tuple=True)
+    kv = _pages(rows, layer, row[pair], kv_head[pair], wanted[pair, column], pool)
+    padded = kv.new_zeros((*wanted.shape, *kv.shape[1:]))
+    padded[pair, column] = kv
+    state = _state_over(query, padded, torch.where(read, wanted, -1), stored, scale)
+
+    table.query[layer, slots, kv_head] = query
+    table.out[layer, slots, kv_head] = state.out
+    table.lse[layer, slots, kv_head] = state.lse
+    if held.shape[1]:
+        where = (layer, buffer_ids, kv_head[:, None])
+        renewal = renew(held, store.rank[where], wanted, rows.buffer_size[row])
+        mine = torch.arange(held.shape[1]) < rows.buffer_size[row, None]
+        own = (layer, buffer_ids[mine], kv_head[:, None].expand_as(mine)[mine])
+        store.held[own], store.rank[own] = renewal.held[mine], renewal.rank[mine]
+        put = renewal.place[pair, column] >= 0
+        place = renewal.place[pair, column][put]
+        store.buffer[layer, buffer_ids[pair[put], place], kv_head[pair[put]]] = kv[put].to(store.buffer.dtype)
+    return read.sum(-1)
+
+
+def _pages(rows: RecallRows, layer: int, row: Tensor, kv_head: Tensor, page: Tensor, pool: SwapPool) -> Tensor:
+    """Some pages [X, 2, PAGE_TOKENS, D]; row, kv_head, page: int64 [X], the page counted from the run's first."""
+
+    def read(row: Tensor, kv_head: Tensor, page: Tensor, codec: int) -> Tensor:
+        per_block = pool.codecs[codec].pages_per_block
+        block_ids = rows.swap_blocks[row, page // per_block]
+        return pool.read_pages(layer, block_ids, kv_head, page % per_block, codec)
+
+    if rows.codec is None:
+        return read(row, kv_head, page, 0)
+    codecs = rows.codec[row]
+    head_dim = pool.codecs[0].head_dim
+    pages = torch.empty((len(page), 2, PAGE_TOKENS, head_dim), dtype=torch.float32)
+    for codec in codecs.unique().tolist():
+        mine = codecs == codec
+        pages[mine] = read(row[mine], kv_head[mine], page[mine], codec).float()
+    return pages
+
+
+def _buffered_state(
+    rows: RecallRows, layer: int, query: Tensor, store: RecallStore, scale: float
+) -> AttentionState | None:
+    """State over the pages each row's buffers hold, with the current query [M, H, G, D]; None if nobody has one."""
+    if not rows.buffer_ids.shape[1]:
+        return None
+    num_rows, num_heads = query.shape[:2]
+    row = torch.arange(num_rows).repeat_interleave(num_heads)
+    kv_head = torch.arange(num_heads).repeat(num_rows)
+    where = (layer, rows.buffer_ids[row], kv_head[:, None])
+    held = _held(rows, row, store.held[where])
+    state = _state_over(query.flatten(0, 1), store.buffer[where], held, rows.stored[row], scale)
+    return AttentionState(*(part.unflatten(0, (num_rows, num_heads)) for part in state))
+
+
+def _held(rows: RecallRows, row: Tensor, held: Tensor) -> Tensor:
+    """The pages held [N, B], without the columns beyond a row's own places."""
+    return torch.where(torch.arange(held.shape[1]) < rows.buffer_size[row, None], held, -1)
+
+
+def _state_over(query: Tensor, pages: Tensor, numbers: Tensor, stored: Tensor, scale: float) -> AttentionState:
+    """State of N pairs' queries [N, G, D] over K pages each [N, K, 2, PAGE_TOKENS, D]; numbers: int64 [N, K], -1: none.
+
+    stored: int64 [N], tokens of all pages of the pair; the last page may be part empty.
+    """
+    token = numbers.unsqueeze(-1) * PAGE_TOKENS + torch.arange(PAGE_TOKENS)
+    valid = (numbers >= 0).unsqueeze(-1) & (token < stored[:, None, None])
+    keys, values = pages[:, :, 0].flatten(1, 2), pages[:, :, 1].flatten(1, 2)
+    return attention_state(query, keys, values, scale, valid.flatten(1))

@@ -1,0 +1,1 @@
+"""The scheduler's process: admission, the ledger of pool ids, the block manager, reports and totals."""

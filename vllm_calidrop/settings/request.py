@@ -1,0 +1,240 @@
+"""What a request may ask for: one complete, validated record of settings.
+
+`RequestSettings.model_fields` is the only list of the request's names. Records are resolved in the API process; engine
+and worker processes only read complete ones (`RequestSettings.from_record`). Nothing here imports vLLM.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+Policy = Literal["snapkv", "h2o", "streaming_llm", "full"]
+Gate = Literal["group", "head", "group_mean"]
+OnFull = Literal["full", "evict", "wait", "reject"]
+Recall = Literal["all", "pages"]
+Codec = Literal["none", "fp8", "int8", "int4", "int2", "fp8_plain", "int8_plain", "int4_plain", "int2_plain"]
+
+DEFAULT_WINDOW = 32
+DEFAULT_SINKS = 32
+# Recall by pages: most pages of a look without and with kv_recall_top_p, eps without and with a buffer.
+DEFAULT_PAGES, DEFAULT_PAGES_TOP_P = 4, 64
+DEFAULT_EPS, DEFAULT_EPS_BUFFER = 0.02, 0.05
+MAX_BUFFER = 64
+MAX_COUNT = 2**31 - 1  # what the int32 buffers of the workers hold
+MAX_BYTES = 2**62
+
+# Names beginning like ours that are vLLM's own (request fields and `extra_args`): they pass untouched.
+PREFIX = "kv_"
+VLLM_OWN_NAMES = frozenset({"kv_transfer_params", "kv_cache_report_mode", "kv_hints"})
+RECORD_KEY = "calidrop"
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used. `field` is the name to blame, `value` what was given for it."""
+
+    def __init__(self, message: str, *fields: str, value: Any = None) -> None:
+        super().__init__(message)
+        self.fields = fields
+        self.value = value
+
+    @property
+    def field(self) -> str:
+        return self.fields[0]
+
+    def blame(self, given: Mapping[str, Any]) -> Self:
+        """The same error, naming first the field that `given` itself contains: the one its author can change."""
+        first = next((name for name in self.fields if name in given), self.field)
+        others = tuple(name for name in self.fields if name != first)
+        return type(self)(str(self), first, *others, value=given.get(first, self.value))
+
+
+class LimitError(SettingsError):
+    """A setting that another server would take: this one's operator does not."""
+
+
+def _odd(value: int) -> int:
+    if value % 2 == 0:
+        raise ValueError("must be odd, so that the pooled scores stay aligned with their tokens")
+    return value
+
+
+def _half_of_budget(at_most: int, at_least: int) -> Any:
+    """Default that shrinks with the budget; without one it is the table's value."""
+
+    def default(data: dict[str, Any]) -> int:
+        budget = data.get("kv_budget")
+        return at_most if budget is None else max(at_least, min(at_most, budget // 2))
+
+    return default
+
+
+def _eps_by_buffer(data: dict[str, Any]) -> float:
+    return DEFAULT_EPS_BUFFER if data.get("kv_recall_buffer") else DEFAULT_EPS
+
+
+def _pages_by_choice(data: dict[str, Any]) -> int:
+    return DEFAULT_PAGES if data.get("kv_recall_top_p") is None else DEFAULT_PAGES_TOP_P
+
+
+def _number(value: Any) -> Any:
+    # Strict mode takes an int for a float, but would turn it into inf when it is too large.
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > MAX_COUNT:
+        return math.inf if value > 0 else -math.inf
+    return value
+
+
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+PositiveCount = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+Threshold = Annotated[float, Field(ge=-2.0, le=2.0), BeforeValidator(_number)]
+Share = Annotated[float, Field(ge=0.0, le=1.0), BeforeValidator(_number)]
+PositiveShare = Annotated[float, Field(gt=0.0, le=1.0), BeforeValidator(_number)]
+
+
+class RequestSettings(BaseModel):
+    """One request's complete settings (a null `kv_budget` is full KV, plain vLLM)."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+    kv_budget: PositiveCount | None = Field(
+        default=None,
+        description="Prompt tokens kept per KV head; null keeps all (plain vLLM). A shorter prompt is untouched.",
+    )
+    kv_policy: Policy = Field(default="snapkv", description="Which prompt tokens stay; full: all of them.")
+    kv_theta1: Threshold = Field(
+        default=0.7,
+        description="Below this cosine similarity of queries the evicted KV is read again (2: every step, -2: never). "
+        "Must not be above kv_theta2.",
+    )
+    kv_theta2: Threshold = Field(
+        default=0.85,
+        description="Above this similarity the stored attention state is merged; between the two the kept tokens "
+        "answer alone.",
+    )
+    kv_gate: Gate = Field(
+        default="group",
+        description="Who decides: a KV head's query heads together (group), each alone (head), or by their mean "
+        "similarity (group_mean).",
+    )
+    kv_calibration: bool = Field(
+        default=True, description="false: plain eviction; nothing goes to host memory and nothing can be read again."
+    )
+    kv_calibration_size: Count | None = Field(
+        default=None,
+        description="Most important evicted tokens that are kept in host memory; null: all, 0: none.",
+    )
+    kv_on_full: OnFull = Field(
+        default="full",
+        description="When the host pool is full: keep full KV (full), evict without calibration (evict), queue until "
+        "there is room (wait), or answer 503 with Retry-After (reject).",
+    )
+    kv_codec: Codec = Field(
+        default="none",
+        description="How evicted KV lies in host memory: as it is (none), or in 8, 4 or 2 bits with exact outlier "
+        "tokens; _plain: without those.",
+    )
+    kv_read_budget: Annotated[int, Field(ge=0, le=MAX_BYTES)] | None = Field(
+        default=None,
+        description="Most bytes of evicted KV that a sequence reads again in a step; null: no bound.",
+    )
+    kv_window: PositiveCount = Field(
+        default_factory=_half_of_budget(DEFAULT_WINDOW, 1),
+        description="SnapKV's observation window in tokens, at most kv_budget. Default: 32, or half a smaller budget.",
+    )
+    kv_pool_kernel: Annotated[PositiveCount, AfterValidator(_odd)] = Field(
+        default=5, description="Width of SnapKV's average pool over scores; odd."
+    )
+    kv_sinks: Count = Field(
+        default_factory=_half_of_budget(DEFAULT_SINKS, 0),
+        description="StreamingLLM's first tokens, at most kv_budget. Default: 32, or half a smaller budget.",
+    )
+    kv_recall: Recall = Field(
+        default="all",
+        description="What is read again: all evicted KV of a head, or only the 16-token pages its sketch says matter.",
+    )
+    kv_recall_theta: Threshold = Field(
+        default=0.9, description="Recall by pages: below this similarity the sketch is looked at again."
+    )
+    kv_recall_buffer: Annotated[Count, Field(le=MAX_BUFFER)] = Field(
+        default=0, description="Recall by pages: recalled pages kept per KV head, merged at every step."
+    )
+    kv_recall_eps: Share = Field(
+        default_factory=_eps_by_buffer,
+        description="Recall by pages: pages of less than this share of the attention are not read. Default: 0.02, or "
+        "0.05 with a buffer.",
+    )
+    kv_recall_top_p: PositiveShare | None = Field(
+        default=None,
+        description="Recall by pages: read pages until they hold this share of the evicted attention; null: by number.",
+    )
+    kv_recall_pages: PositiveCount = Field(
+        default_factory=_pages_by_choice,
+        description="Recall by pages: most pages of one look. Default: 4, or 64 with kv_recall_top_p.",
+    )
+
+    @property
+    def compresses(self) -> bool:
+        """Whether anything of a long prompt would be evicted."""
+        return self.kv_budget is not None and self.kv_policy != "full"
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether evicted KV goes to the host and is accounted for."""
+        return self.compresses and self.kv_calibration and self.kv_calibration_size != 0
+
+    def to_record(self) -> dict[str, Any]:
+        """The plain dict that travels to the engine as `extra_args["calidrop"]`."""
+        return self.model_dump()
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Self:
+        """The settings of a request as resolved by the API process."""
+        return cls.model_validate(dict(record))
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.kv_theta1 > self.kv_theta2:
+            raise SettingsError(
+                f"kv_theta1 ({self.kv_theta1}) must not be above kv_theta2 ({self.kv_theta2})",
+                "kv_theta1",
+                "kv_theta2",
+                value=self.kv_theta1,
+            )
+        for name in ("kv_window", "kv_sinks"):
+            value = getattr(self, name)
+            if self.kv_budget is not None and value > self.kv_budget:
+                raise SettingsError(
+                    f"{name} ({value}) must not be above kv_budget ({self.kv_budget})",
+                    name,
+                    "kv_budget",
+                    value=value,
+                )
+        return self
+
+
+def is_ours(name: str) -> bool:
+    """Whether a request's field name is for us to judge (known, or unknown but beginning like ours)."""
+    return name.startswith(PREFIX) and name not in VLLM_OWN_NAMES
+
+
+def settings_error(error: ValidationError, prefix: str = "") -> SettingsError:
+    # A default that needs a field which itself was refused is reported as well; that entry says nothing.
+    first = next(entry for entry in error.errors() if entry["type"] != "default_factory_not_called")
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, SettingsError):
+        return SettingsError(f"{prefix}{cause}", *cause.fields, value=cause.value)
+    field, given = str(first["loc"][0]), repr(first["input"])
+    what = str(cause) if cause is not None else first["msg"].removeprefix("Input ")
+    shown = given if len(given) <= 100 else f"{given[:100]}..."
+    return SettingsError(f"{prefix}{field} {what}, got {shown}", field, value=first["input"])

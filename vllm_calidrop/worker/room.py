@@ -1,0 +1,72 @@
+"""What this backend takes of a GPU's memory; the swap pool is the host's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vllm_calidrop.evicted.pinned_pool import staging_bytes
+from vllm_calidrop.evicted.pool import BLOCKS_AT_ONCE, SwapPool
+from vllm_calidrop.memory import ModelShape, densest_block, encode_bytes
+from vllm_calidrop.ops.triton import score_scratch_elements
+from vllm_calidrop.settings.server import ServerSettings
+from vllm_calidrop.worker.cuda_worker import CaliDropCudaWorker
+from vllm_calidrop.worker.state_table import StateTable
+
+GIB = 2**30
+
+
+# Bytes per prompt token and KV head while a layer's tokens are ranked: sums, pooled, sorted with their workspace, and
+# positions kept and evicted, in float32 and int64.
+RANKING_BYTES = 96
+
+
+def device_bytes(shape: ModelShape, num_slots: int, max_rows: int, max_chunk: int, settings: ServerSettings) -> int:
+    """State table, tables, scratch and staging at their fixed addresses; stashes and scratch of prompts in prefill.
+
+    max_chunk: tokens of a batch. Staging is counted as large as it can be: the swap pool is sized later.
+    """
+    state_table = num_slots * StateTable.slot_bytes(
+        shape.num_layers, shape.num_query_heads, shape.head_dim, shape.dtype
+    )
+    fixed = CaliDropCudaWorker.num_bytes(shape, num_slots, max_rows)
+    staging = staging_bytes(2**31, shape.num_kv_heads, shape.head_dim, shape.dtype)
+    return state_table + fixed + staging + settings.prefill_state_bytes + compaction_bytes(shape, max_chunk)
+
+
+def compaction_bytes(shape: ModelShape, max_chunk: int) -> int:
+    """Scratch of the largest prompt's compaction in one layer: scores of a chunk, ranking, the kept tokens' KV, and of
+    encoding: the tokens of some blocks in the cache's dtype, one block's in fp32, and the encoded blocks."""
+    group = shape.num_query_heads // shape.num_kv_heads
+    chunks = [min(max_chunk, 1 << power) for power in range(max_chunk.bit_length() + 1)]
+    scores = 4 * max(score_scratch_elements(chunk, shape.num_kv_heads, group) for chunk in chunks)
+    per_token = 2 * shape.head_dim * shape.dtype.itemsize + RANKING_BYTES
+    block = densest_block(shape) * 2 * shape.head_dim * shape.dtype.itemsize
+    blocks = BLOCKS_AT_ONCE * (
+        shape.num_kv_heads * block + SwapPool.block_bytes(1, shape.num_kv_heads, shape.head_dim, shape.dtype)
+    )
+    return scores + shape.num_kv_heads * shape.max_model_len * per_token + blocks + encode_bytes(shape)
+
+
+def leave_room_on_device(
+    shape: ModelShape, num_slots: int, settings: ServerSettings, vllm_config: Any, available: int
+) -> int:
+    """What of `available` bytes the KV pool may take. One of fixed size is not shrunk: the sum is checked instead."""
+    scheduler = vllm_config.scheduler_config
+    ours = device_bytes(shape, num_slots, scheduler.max_num_seqs, scheduler.max_num_batched_tokens, settings)
+    if vllm_config.cache_config.kv_cache_memory_bytes is not None:
+        free = torch.cuda.mem_get_info()[0]
+        if available + ours > free:
+            raise ValueError(
+                f"calidrop: the fixed KV pool ({available / GIB:.2f} GiB), state table and scratch "
+                f"({ours / GIB:.2f} GiB) are more than the free device memory ({free / GIB:.2f} GiB)"
+            )
+        return available
+    rest = available - ours
+    if rest <= 0:
+        raise ValueError(
+            f"calidrop: nothing of the available {available / GIB:.2f} GiB is left for the KV pool after state table "
+            f"and scratch ({ours / GIB:.2f} GiB); lower --max-num-seqs or --max-model-len"
+        )
+    return rest
