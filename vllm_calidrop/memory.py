@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -34,6 +35,31 @@ class ModelShape:
     head_dim: int
     dtype: torch.dtype
     max_model_len: int
+
+    @classmethod
+    def of(cls, vllm_config: Any, spec: Any, num_layers: int) -> ModelShape:
+        """From vLLM's configuration and the KV-cache spec that all of the model's layers share."""
+        model = vllm_config.model_config
+        return cls(
+            num_layers=num_layers,
+            num_query_heads=model.get_num_attention_heads(vllm_config.parallel_config),
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_size,
+            dtype=spec.dtype,
+            max_model_len=model.max_model_len,
+        )
+
+    @classmethod
+    def of_groups(cls, vllm_config: Any, kv_cache_config: Any) -> ModelShape:
+        """From vLLM's configuration and its KV-cache configuration, which has one group of layers (support.py)."""
+        (group,) = kv_cache_config.kv_cache_groups
+        return cls.of(vllm_config, group.kv_cache_spec, len(group.layer_names))
+
+
+def num_state_slots(vllm_config: Any) -> int:
+    """Slots of the state table: one waits until no step in flight can touch it, so every concurrent batch may hold a
+    full set."""
+    return int(vllm_config.scheduler_config.max_num_seqs * vllm_config.max_concurrent_batches)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.engine.cases import MODEL, prompt_of
 from tests.engine.harness import Ask, Engine
-from vllm_calidrop.engine import logger
+from vllm_calidrop.scheduler.build import logger
 from vllm_calidrop_server.plan import Plan, fit_budget, fit_full
 from vllm_calidrop_server.plan_command import parser, plan_of
 

@@ -385,7 +385,8 @@ if "vllm_calidrop" in sys.modules:
     assert core.scheduler.calidrop is None and worker.calidrop is None
     assert not hasattr(core.scheduler.kv_cache_manager, "calidrop")
     assert all(output.calidrop is None for output in outputs)
-    assert not [name for name in sys.modules if name.startswith(("vllm_calidrop.engine", "vllm_calidrop.attention"))]
+    ours = tuple(f"vllm_calidrop.{module}" for module in ("scheduler.ledger", "worker.build", "attention."))
+    assert not [name for name in sys.modules if name.startswith(ours)]
 print(json.dumps({
     "plugin": "vllm_calidrop" in sys.modules,
     "tokens": [list(output.token_ids) for output in outputs],

@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
-from vllm_calidrop.engine import leave_room, size_pools
 from vllm_calidrop.evicted.layout import SWAP_BLOCK_TOKENS, first_kept_block, swap_blocks_for, view_start
 from vllm_calidrop.evicted.pool import SwapPool
 from vllm_calidrop.evicted.recall.store import RecallStore
@@ -35,12 +34,14 @@ from vllm_calidrop.memory import (
 from vllm_calidrop.ops.choice import CHOICE_VARIABLE, uses_native
 from vllm_calidrop.ops.packed import PackedCache
 from vllm_calidrop.records import RecallRecord, SequenceRecord
+from vllm_calidrop.scheduler.build import size_pools
 from vllm_calidrop.scheduler.ledger import prefill_state_bytes
 from vllm_calidrop.scheduler.reports import Shape
 from vllm_calidrop.scheduler.spec import CaliDropSpec
 from vllm_calidrop.settings.server import ServerSettings
 from vllm_calidrop.worker.compaction import compact, observe_chunk
 from vllm_calidrop.worker.prefill import PrefillRow
+from vllm_calidrop.worker.room import leave_room
 from vllm_calidrop.worker.sequences import Sequence
 from vllm_calidrop.worker.state_table import StateTable
 

@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.test_memory import Engine
-from vllm_calidrop.engine import leave_room, size_pools
 from vllm_calidrop.evicted.codecs import NAMES, codec_of
 from vllm_calidrop.memory import ModelShape, swap_block_bytes
+from vllm_calidrop.scheduler.build import size_pools
 from vllm_calidrop.settings.request import RequestSettings, SettingsError
 from vllm_calidrop.settings.server import ServerSettings
-from vllm_calidrop.worker.room import leave_room_on_device
+from vllm_calidrop.worker.room import leave_room, leave_room_on_device
 from vllm_calidrop_server.plan import PerSequence, Workload, fit_budget, fit_full
 from vllm_calidrop_server.plan_command import main, parser, plan_of
 

@@ -1,17 +1,29 @@
-"""What this backend takes of a GPU's memory; the swap pool is the host's."""
+"""What this backend leaves to vLLM's KV pool of the memory that vLLM has found.
+
+On CPU the swap pool takes from the same memory; on a GPU it is the host's.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import psutil
 import torch
 
 from vllm_calidrop.evicted.pinned_pool import staging_bytes
 from vllm_calidrop.evicted.pool import BLOCKS_AT_ONCE, SwapPool
-from vllm_calidrop.memory import ModelShape, densest_block, encode_bytes
-from vllm_calidrop.ops.triton import score_scratch_elements
+from vllm_calidrop.memory import (
+    ModelShape,
+    densest_block,
+    encode_bytes,
+    footprint,
+    num_state_slots,
+    recall_pool_bytes,
+    recall_pools,
+    swap_bytes_beside,
+)
+from vllm_calidrop.ops.flavour import is_on_gpu
 from vllm_calidrop.settings.server import ServerSettings
-from vllm_calidrop.worker.cuda_worker import CaliDropCudaWorker
 from vllm_calidrop.worker.state_table import StateTable
 
 GIB = 2**30
@@ -22,6 +34,39 @@ GIB = 2**30
 RANKING_BYTES = 96
 
 
+def leave_room(vllm_config: Any, worker: Any, available: int) -> int:
+    """What of `available` bytes the KV pool may take beside all of ours. On CPU that includes the swap pool.
+
+    A KV pool of fixed size is not shrunk: the sum is checked instead.
+    """
+    specs = worker.model_runner.get_kv_cache_spec()
+    shape = ModelShape.of(vllm_config, next(iter(specs.values())), len(specs))
+    settings = ServerSettings.from_additional_config(vllm_config.additional_config)
+    num_slots = num_state_slots(vllm_config)
+    if is_on_gpu():
+        return leave_room_on_device(shape, num_slots, settings, vllm_config, available)
+    ours = footprint(shape, num_slots, settings).total
+    ours += recall_pool_bytes(recall_pools(max(0, available - ours), None, shape, num_slots, settings), shape)
+    free_host = psutil.virtual_memory().available
+    if vllm_config.cache_config.kv_cache_memory_bytes is not None:
+        needed = available + ours + (settings.swap_bytes or 0)
+        if needed > free_host:
+            raise ValueError(
+                f"calidrop: the fixed KV pool ({available / GIB:.2f} GiB), state table, sketches and scratch "
+                f"({ours / GIB:.2f} GiB) and swap_bytes ({(settings.swap_bytes or 0) / GIB:.2f} GiB) are more than the "
+                f"free memory ({free_host / GIB:.2f} GiB)"
+            )
+        return available
+    rest = available - ours
+    rest -= swap_bytes_beside(max(rest, 0), free_host, settings)
+    if rest <= 0:
+        raise ValueError(
+            f"calidrop: nothing of the available {available / GIB:.2f} GiB is left for the KV pool after state table, "
+            f"sketches and scratch ({ours / GIB:.2f} GiB) and the swap pool; lower --max-num-seqs or swap_bytes"
+        )
+    return rest
+
+
 def device_bytes(shape: ModelShape, num_slots: int, max_rows: int, max_chunk: int, settings: ServerSettings) -> int:
     """State table, tables, scratch and staging at their fixed addresses; stashes and scratch of prompts in prefill.
 
@@ -30,6 +75,8 @@ def device_bytes(shape: ModelShape, num_slots: int, max_rows: int, max_chunk: in
     state_table = num_slots * StateTable.slot_bytes(
         shape.num_layers, shape.num_query_heads, shape.head_dim, shape.dtype
     )
+    from vllm_calidrop.worker.cuda_worker import CaliDropCudaWorker
+
     fixed = CaliDropCudaWorker.num_bytes(shape, num_slots, max_rows)
     staging = staging_bytes(2**31, shape.num_kv_heads, shape.head_dim, shape.dtype)
     return state_table + fixed + staging + settings.prefill_state_bytes + compaction_bytes(shape, max_chunk)
@@ -38,6 +85,8 @@ def device_bytes(shape: ModelShape, num_slots: int, max_rows: int, max_chunk: in
 def compaction_bytes(shape: ModelShape, max_chunk: int) -> int:
     """Scratch of the largest prompt's compaction in one layer: scores of a chunk, ranking, the kept tokens' KV, and of
     encoding: the tokens of some blocks in the cache's dtype, one block's in fp32, and the encoded blocks."""
+    from vllm_calidrop.ops.triton import score_scratch_elements
+
     group = shape.num_query_heads // shape.num_kv_heads
     chunks = [min(max_chunk, 1 << power) for power in range(max_chunk.bit_length() + 1)]
     scores = 4 * max(score_scratch_elements(chunk, shape.num_kv_heads, group) for chunk in chunks)

@@ -73,7 +73,7 @@ def _allocate_pools(original: Callable[..., None]) -> Callable[..., None]:
     def initialize_from_config(self: Any, kv_cache_configs: Any, *args: Any, **kwargs: Any) -> None:
         original(self, kv_cache_configs, *args, **kwargs)
         if is_selected(self.vllm_config):
-            from vllm_calidrop.engine import size_pools
+            from vllm_calidrop.scheduler.build import size_pools
 
             self.calidrop_pools = size_pools(self.vllm_config, kv_cache_configs[0])
             self.collective_rpc("calidrop_allocate", args=(self.calidrop_pools,))

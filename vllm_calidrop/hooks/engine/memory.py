@@ -28,7 +28,7 @@ def _leave_room(original: Callable[..., int]) -> Callable[..., int]:
         available = original(self, *args, **kwargs)
         if not is_selected(self.vllm_config):
             return available
-        from vllm_calidrop.engine import leave_room
+        from vllm_calidrop.worker.room import leave_room
 
         return leave_room(self.vllm_config, self, available)
 

@@ -40,7 +40,7 @@ def _with_ledger(original: Callable[..., None]) -> Callable[..., None]:
         original(self, vllm_config, kv_cache_config, *args, **kwargs)
         self.calidrop = None
         if is_selected(vllm_config):
-            from vllm_calidrop.engine import make_ledger
+            from vllm_calidrop.scheduler.build import make_ledger
 
             self.calidrop = make_ledger(vllm_config, kv_cache_config)
             self.kv_cache_manager.calidrop = self.calidrop

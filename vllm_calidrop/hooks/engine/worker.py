@@ -30,7 +30,7 @@ def _wrap(module: Any) -> None:
 
 def _allocate(self: Any, pools: Any) -> None:
     """Called on every worker by the engine once the KV cache exists (hooks/engine_core.py)."""
-    from vllm_calidrop.engine import make_worker
+    from vllm_calidrop.worker.build import make_worker
 
     require_wrapped(type(self), "determine_available_memory")
     self.calidrop = make_worker(self, pools)
