@@ -27,7 +27,7 @@ test test-unit test-engine test-full: export OMP_NUM_THREADS = 1
 test test-unit test-engine test-full: export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install install-dev test test-unit test-engine test-full lint format lock clean
+.PHONY: help serve install install-dev models test test-unit test-engine test-full lint format lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -39,16 +39,20 @@ install: $(VENV)/.installed ## the environment: vLLM for CPU, its pinned require
 
 install-dev: $(VENV)/.installed-dev ## the same, and the test tools
 
+# SmolLM2-135M-Instruct (93 MB), a natural language model: engine tests run offline, so it is fetched before them.
+models: $(VENV)/.installed-dev ## the natural language model that engine tests use, into the user's cache (docs/evaluation.md)
+	$(BIN)/python -m benchmarks.models smollm2-135m
+
 test: lint test-unit test-engine ## everything that CI runs
 
 test-unit: $(VENV)/.installed-dev ## the tests that start no engine
 	$(PYTEST) tests/unit -n auto $(ARGS)
 
 test-engine: export LM_EVAL_PYTHON = $(abspath $(VENV)-lm-eval/bin/python)
-test-engine: $(VENV)/.installed-dev $(VENV)-lm-eval/.installed ## the covering set of tests against the real engine
+test-engine: $(VENV)/.installed-dev $(VENV)-lm-eval/.installed models ## the covering set of tests against the real engine
 	$(PYTEST) tests/engine -n 2 --dist loadfile $(ARGS)
 
-test-full: $(VENV)/.installed-dev ## the whole matrix against the real engine (hours)
+test-full: $(VENV)/.installed-dev models ## the whole matrix against the real engine (hours)
 	$(PYTEST) tests/engine -m full $(ARGS)
 
 lint: $(VENV)/.installed-dev ## ruff and mypy
