@@ -9,8 +9,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from vllm_calidrop.algorithm.placement import first_kept_block
 from vllm_calidrop.evicted.codecs import codec_of
-from vllm_calidrop.evicted.layout import first_kept_block, swap_blocks_for
+from vllm_calidrop.evicted.layout import swap_blocks_for
 from vllm_calidrop.memory import (
     ModelShape,
     buffer_page_bytes,

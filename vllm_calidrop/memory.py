@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from vllm_calidrop.algorithm.policies import POLICIES, Needs
 from vllm_calidrop.algorithm.policies.h2o import QUERY_TILE
+from vllm_calidrop.algorithm.shape import KVShape
 from vllm_calidrop.evicted.codecs import NAMES, codec_of
 from vllm_calidrop.evicted.layout import swap_blocks_for
 from vllm_calidrop.evicted.pool import SwapPool
@@ -26,14 +26,9 @@ BUFFER_PER_KV = 1 / 32
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """One rank's share of the model. Heads are those of this rank."""
+class ModelShape(KVShape):
+    """One rank's share of the model, and the longest sequence that it serves."""
 
-    num_layers: int
-    num_query_heads: int
-    num_kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
     max_model_len: int
 
     @classmethod
@@ -103,6 +98,12 @@ def footprint(shape: ModelShape, num_slots: int, settings: ServerSettings) -> Fo
 def encode_bytes(shape: ModelShape) -> int:
     """A swap block of tokens of the densest codec, K and V, in fp32 while it is encoded: six copies at once."""
     return shape.num_kv_heads * densest_block(shape) * 2 * shape.head_dim * 4 * 6
+
+
+def prompt_key_bytes(shape: ModelShape) -> int:
+    """The longest prompt's keys in one layer, where a registered policy looks at them."""
+    looked_at = any(Needs.KEYS in policy.needs for policy in POLICIES.values())
+    return looked_at * shape.num_kv_heads * shape.max_model_len * shape.head_dim * shape.dtype.itemsize
 
 
 def densest_block(shape: ModelShape) -> int:

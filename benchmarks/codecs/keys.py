@@ -29,7 +29,16 @@ def evicted_of(model: Any, prompt: list[int], steps: int, budget: int) -> Iterat
 
     def hear(layer: int, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> None:
         heads, tokens = keys.shape[0], len(prompt)
-        inputs = ScoreInputs(keys[:, :tokens], budget, window=1, sinks=budget // 2, pool_kernel=1, scale=scale)
+        inputs = ScoreInputs(
+            prompt_len=tokens,
+            num_kv_heads=heads,
+            budget=budget,
+            window=1,
+            sinks=budget // 2,
+            pool_kernel=1,
+            scale=scale,
+            device=keys.device,
+        )
         index = POLICIES["streaming_llm"].select(inputs, tokens - budget).evicted.unsqueeze(-1)
         index = index.expand(-1, -1, keys.shape[-1])
         asked = queries.view(heads, -1, *queries.shape[1:])[:, :, tokens:].flatten(1, 2)

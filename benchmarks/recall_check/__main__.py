@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.recall_check import synthetic
 from benchmarks.recall_check.evaluate import Figures, LayerKV, Rule, evaluate
-from vllm_calidrop.algorithm.policies import POLICIES, ScoreInputs
+from vllm_calidrop.algorithm.policies import POLICIES, Needs, ScoreInputs
 from vllm_calidrop.algorithm.policies.h2o import add_column_sums
 from vllm_calidrop.settings.request import RequestSettings
 
@@ -114,21 +114,30 @@ def _selection(policy: str, budget: int, queries: Tensor, keys: Tensor, scale: f
     """The engine's own policies with their defaults; queries [Hq, P, D], keys [H, P, D]."""
     settings = RequestSettings(kv_budget=budget)
     by_token = queries.transpose(0, 1)
-    sums = torch.zeros(keys.shape[:2])
-    if POLICIES[policy].needs_column_sums:
-        add_column_sums(sums, by_token, keys, 0, scale)
+    prompt_len, needs = keys.shape[1], POLICIES[policy].needs
+
+    def sums_from(first: int) -> Tensor:
+        sums = torch.zeros(keys.shape[:2])
+        add_column_sums(sums, by_token[first:], keys, first, scale)
+        return sums
+
+    window_queries = by_token[-settings.kv_window :]
     return POLICIES[policy].select(
         ScoreInputs(
-            keys=keys,
+            prompt_len=prompt_len,
+            num_kv_heads=keys.shape[0],
             budget=budget,
             window=settings.kv_window,
             sinks=settings.kv_sinks,
             pool_kernel=settings.kv_pool_kernel,
             scale=scale,
-            window_queries=by_token[-settings.kv_window :],
-            column_sums=sums,
+            device=keys.device,
+            keys=keys if Needs.KEYS in needs else None,
+            window_queries=window_queries if Needs.WINDOW_QUERIES in needs else None,
+            window_sums=sums_from(prompt_len - settings.kv_window) if Needs.WINDOW_SUMS in needs else None,
+            column_sums=sums_from(0) if Needs.COLUMN_SUMS in needs else None,
         ),
-        keys.shape[1] - budget,
+        prompt_len - budget,
     )
 
 

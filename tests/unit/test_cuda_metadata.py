@@ -17,9 +17,9 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGra
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.utils import AttentionGroup
 
+from vllm_calidrop.algorithm.placement import first_kept_block, view_start
 from vllm_calidrop.attention.cuda_backend import CaliDropCudaBackend
 from vllm_calidrop.attention.cuda_metadata import CaliDropCudaMetadata, CaliDropCudaMetadataBuilder
-from vllm_calidrop.evicted.layout import first_kept_block, view_start
 from vllm_calidrop.hooks.engine import cudagraphs
 from vllm_calidrop.hooks.wrap import original_of
 from vllm_calidrop.memory import ModelShape, PoolSizes

@@ -6,14 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_calidrop.evicted.layout import (
-    PAGE_TOKENS,
-    SWAP_BLOCK_TOKENS,
-    cacheable_hit,
-    first_kept_block,
-    swap_blocks_for,
-    view_start,
-)
+from vllm_calidrop.algorithm.placement import cacheable_hit, first_kept_block, view_start
+from vllm_calidrop.evicted.layout import PAGE_TOKENS, SWAP_BLOCK_TOKENS, swap_blocks_for
 
 BLOCK_SIZES = st.sampled_from([1, 16, 32, 128])
 LENGTHS = st.integers(1, 2000)

@@ -16,12 +16,14 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
+from vllm_calidrop.algorithm.placement import first_kept_block
+from vllm_calidrop.algorithm.policies import POLICIES
 from vllm_calidrop.evicted.codecs import NAMES
-from vllm_calidrop.evicted.layout import first_kept_block, swap_blocks_for
+from vllm_calidrop.evicted.layout import swap_blocks_for
 from vllm_calidrop.memory import PoolSizes
 from vllm_calidrop.records import COUNTERS, SequenceCounters, SequenceRecord
 from vllm_calidrop.scheduler.growth import most_blocks
-from vllm_calidrop.scheduler.ledger import Ledger, prefill_state_bytes, settings_of
+from vllm_calidrop.scheduler.ledger import Ledger, settings_of
 from vllm_calidrop.scheduler.reports import Shape
 from vllm_calidrop.settings.server import ServerSettings, resolve_request
 from vllm_calidrop.worker.sequences import SequenceTable
@@ -671,7 +673,7 @@ def test_without_a_budget_in_sight_growth_is_vllms_own_matter() -> None:
 def test_prompts_wait_while_prefill_state_is_full(policy: str, each: int) -> None:
     """Two may stash, the third waits until one prompt is complete; alone, a prompt may exceed the limit."""
     asked = {"kv_budget": 100, "kv_policy": policy}
-    assert prefill_state_bytes(SHAPE, policy, 32, 1000) == each
+    assert POLICIES[policy].prefill_bytes(SHAPE, 32, 1000) == each
     ledger = make_ledger(prefill_state_limit=2 * each)
     prefilling = [make_request(1000, **asked) for _ in range(2)]
     for request in prefilling:

@@ -44,7 +44,7 @@ def test_compactions() -> None:
 
 
 def test_the_latest_measures_are_the_totals() -> None:
-    totals = Totals(Shape(16, 2, 1, 1, 16, torch.float32))
+    totals = Totals(Shape(2, 1, 1, 16, torch.float32, block_size=16))
     histogram = similarity_histogram()
     measures = Measures(histogram)
     first = measures.snapshot()

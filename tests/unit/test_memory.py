@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
-from vllm_calidrop.evicted.layout import SWAP_BLOCK_TOKENS, first_kept_block, swap_blocks_for, view_start
+from vllm_calidrop.algorithm.placement import first_kept_block, view_start
+from vllm_calidrop.algorithm.policies import POLICIES
+from vllm_calidrop.evicted.layout import SWAP_BLOCK_TOKENS, swap_blocks_for
 from vllm_calidrop.evicted.pool import SwapPool
 from vllm_calidrop.evicted.recall.store import RecallStore
 from vllm_calidrop.memory import (
@@ -35,8 +38,6 @@ from vllm_calidrop.ops.choice import CHOICE_VARIABLE, uses_native
 from vllm_calidrop.ops.packed import PackedCache
 from vllm_calidrop.records import RecallRecord, SequenceRecord
 from vllm_calidrop.scheduler.build import size_pools
-from vllm_calidrop.scheduler.ledger import prefill_state_bytes
-from vllm_calidrop.scheduler.reports import Shape
 from vllm_calidrop.scheduler.spec import CaliDropSpec
 from vllm_calidrop.settings.server import ServerSettings
 from vllm_calidrop.worker.compaction import compact, observe_chunk
@@ -160,8 +161,7 @@ def share_taken(shape: ModelShape, budget: int, by_pages: bool, policy: str) -> 
         observe_chunk(row, 0, queries, cache, scale)
         compact(row, 0, queries[-1], cache, pool, table, store, scale)
 
-    counted = Shape(32, 1, shape.num_kv_heads, shape.num_query_heads, shape.head_dim, shape.dtype)
-    stash = prefill_state_bytes(counted, policy, budget, shape.max_model_len)
+    stash = POLICIES[policy].prefill_bytes(replace(shape, num_layers=1), budget, shape.max_model_len)
     return peak_of(work) / (footprint(shape, 1, ServerSettings()).scratch + stash)
 
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.reference import Settings, policies
-from vllm_calidrop.algorithm.policies import POLICIES, Policy, ScoreInputs, Selection
+from vllm_calidrop.algorithm.policies import POLICIES, Needs, Policy, ScoreInputs, Selection
 from vllm_calidrop.algorithm.policies.h2o import QUERY_TILE, add_column_sums
+from vllm_calidrop.algorithm.shape import KVShape
 
 KV_HEADS, GROUP, HEAD_DIM = 2, 2, 8
 SCALE = HEAD_DIM**-0.5
@@ -40,14 +41,18 @@ def column_sums(queries: Tensor, keys: Tensor, chunks: list[int] | None = None) 
 
 
 def inputs_for(queries: Tensor, keys: Tensor, asked: Settings) -> ScoreInputs:
+    window_sums = torch.zeros(keys.shape[:2])
+    add_column_sums(window_sums, queries[-asked.window :], keys, len(queries) - asked.window, SCALE)
     return ScoreInputs(
-        keys=keys,
+        prompt_len=keys.shape[1],
+        num_kv_heads=keys.shape[0],
         budget=asked.budget,
         window=asked.window,
         sinks=asked.sinks,
         pool_kernel=asked.kv_pool_kernel,
         scale=SCALE,
-        window_queries=queries[-asked.window :],
+        device=keys.device,
+        window_sums=window_sums,
         column_sums=column_sums(queries, keys),
     )
 
@@ -168,8 +173,20 @@ class Given(Policy):
 
 
 def select_by(importance: list[float], budget: int, stored: int) -> Selection:
-    inputs = ScoreInputs(torch.zeros(1, len(importance), 4), budget, window=1, sinks=0, pool_kernel=1, scale=1.0)
-    return Given(importance).select(inputs, stored)
+    return Given(importance).select(given_inputs(len(importance), budget), stored)
+
+
+def given_inputs(prompt_len: int, budget: int) -> ScoreInputs:
+    return ScoreInputs(
+        prompt_len=prompt_len,
+        num_kv_heads=1,
+        budget=budget,
+        window=1,
+        sinks=0,
+        pool_kernel=1,
+        scale=1.0,
+        device=torch.device("cpu"),
+    )
 
 
 @given(st.lists(st.sampled_from([0.0, 1.0, float("inf")]), min_size=2, max_size=200), st.data())
@@ -196,6 +213,34 @@ def test_a_budget_that_evicts_nothing_is_not_for_a_policy() -> None:
     for budget in (0, 3, 4):
         with pytest.raises(AssertionError):
             select_by([1.0, 2.0, 3.0], budget, 0)
+
+
+@pytest.mark.parametrize("importance", [torch.zeros(1, 4), torch.zeros(3), torch.zeros(1, 3, dtype=torch.float64)])
+def test_a_policy_that_breaks_the_contract_is_named(importance: Tensor) -> None:
+    policy = Given([])
+    policy._importance = importance
+    with pytest.raises(ValueError, match=r"the policy given gave .* instead of torch.float32 \(1, 3\)"):
+        policy.select(given_inputs(3, 2), 0)
+
+
+@pytest.mark.parametrize(
+    ("needs", "num_bytes", "hit"),
+    [
+        (Needs.NOTHING, 0, 80),
+        (Needs.KEYS, 0, 80),
+        (Needs.WINDOW_QUERIES, 3 * 32 * 8 * 64 * 2, 64),
+        (Needs.WINDOW_SUMS, 3 * 32 * 8 * 64 * 2, 64),
+        (Needs.COLUMN_SUMS, 3 * 2 * 100 * 4, 0),
+        (Needs.WINDOW_SUMS | Needs.COLUMN_SUMS | Needs.KEYS, 3 * 32 * 8 * 64 * 2 + 3 * 2 * 100 * 4, 0),
+    ],
+)
+def test_what_follows_from_needs(needs: Needs, num_bytes: int, hit: int) -> None:
+    """Of a prompt of 100 tokens: its window of 32 queries is computed, and blocks from the budget's on are its own."""
+    policy = Given([])
+    policy.needs = needs  # type: ignore[misc]
+    shape = KVShape(num_layers=3, num_query_heads=8, num_kv_heads=2, head_dim=64, dtype=torch.bfloat16)
+    assert policy.prefill_bytes(shape, window=32, prompt_len=100) == num_bytes
+    assert policy.allowed_hit(96, prompt_len=100, budget=10, window=32, block_size=16) == hit
 
 
 # column sums

@@ -12,13 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_calidrop.algorithm.calibration import Gate
+from vllm_calidrop.algorithm.placement import first_kept_block, view_start
 from vllm_calidrop.algorithm.policies import POLICIES
-from vllm_calidrop.evicted.layout import (
-    cacheable_hit,
-    first_kept_block,
-    swap_blocks_for,
-    view_start,
-)
+from vllm_calidrop.evicted.layout import swap_blocks_for
 from vllm_calidrop.evicted.pool import SwapLedger
 from vllm_calidrop.memory import PoolSizes
 from vllm_calidrop.records import RecallRecord, SequenceCounters, SequenceRecord, StepRecords
@@ -74,13 +70,10 @@ class Ledger:
         settings = settings_of(request)
         if settings is None or not _wants_eviction(settings, request.num_prompt_tokens):
             return hit_tokens
-        policy = POLICIES[settings.kv_policy]
-        if policy.needs_column_sums:
-            return 0
         assert settings.kv_budget is not None
-        first_block = first_kept_block(request.num_prompt_tokens, settings.kv_budget, self.shape.block_size)
-        window = settings.kv_window if policy.needs_window_queries else 0
-        return cacheable_hit(hit_tokens, request.num_prompt_tokens, first_block, window, self.shape.block_size)
+        return POLICIES[settings.kv_policy].allowed_hit(
+            hit_tokens, request.num_prompt_tokens, settings.kv_budget, settings.kv_window, self.shape.block_size
+        )
 
     def must_wait(
         self, request: Request, needed_blocks: int, free_blocks: int, held_blocks: dict[str, int], chunk: int
@@ -368,7 +361,7 @@ class Ledger:
         return all(count <= pool.num_blocks for pool, count in needed)
 
     def _prefill_state_bytes(self, policy: str, window: int, prompt_len: int) -> int:
-        return prefill_state_bytes(self.shape, policy, window, prompt_len)
+        return POLICIES[policy].prefill_bytes(self.shape, window, prompt_len)
 
     def _return_ids(self, record: SequenceRecord) -> None:
         self.swap.give_back(record.swap_blocks)
@@ -383,15 +376,6 @@ def settings_of(request: Request) -> RequestSettings | None:
     params = request.sampling_params
     raw = params.extra_args.get(RECORD_KEY) if params is not None and params.extra_args else None
     return RequestSettings.from_record(raw) if raw is not None else None
-
-
-def prefill_state_bytes(shape: Shape, policy: str, window: int, prompt_len: int) -> int:
-    """Bytes a worker holds for one sequence until its prompt is complete: stashed window queries or H2O column sums."""
-    if POLICIES[policy].needs_column_sums:
-        return shape.num_layers * shape.num_kv_heads * prompt_len * 4
-    if POLICIES[policy].needs_window_queries:
-        return shape.num_layers * window * shape.num_query_heads * shape.kv_bytes_per_token // 2
-    return 0
 
 
 def _wants_eviction(settings: RequestSettings, prompt_len: int) -> bool:

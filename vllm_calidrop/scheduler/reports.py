@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
+from vllm_calidrop.algorithm.shape import KVShape
 from vllm_calidrop.evicted.codecs import Codec, codec_of
 from vllm_calidrop.evicted.layout import pages_for
 from vllm_calidrop.records import COUNTERS, SequenceCounters
@@ -16,24 +16,12 @@ _GROUP_READS, _PAGES_READ = COUNTERS.index("group_reads"), COUNTERS.index("pages
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What the ledger must know of the model on one rank. head_dim, dtype: of its KV cache.
-
-    ranks: how many there are (tensor parallel).
-    """
+class Shape(KVShape):
+    """What the ledger must know of the model. block_size: tokens of vLLM's KV blocks. ranks: how many there are
+    (tensor parallel)."""
 
     block_size: int
-    num_layers: int
-    num_kv_heads: int
-    num_query_heads: int
-    head_dim: int
-    dtype: torch.dtype
     ranks: int = 1
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """K and V of one KV head in one layer, in the cache's dtype."""
-        return 2 * self.head_dim * self.dtype.itemsize
 
     def codec(self, name: str) -> Codec:
         return codec_of(name, self.head_dim, self.dtype)

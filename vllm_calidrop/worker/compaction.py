@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from vllm_calidrop.algorithm.calibration import attention_state
-from vllm_calidrop.algorithm.policies import POLICIES, ScoreInputs, Selection
+from vllm_calidrop.algorithm.policies import POLICIES, Needs, ScoreInputs, Selection
 from vllm_calidrop.evicted.pool import SwapPool
 from vllm_calidrop.evicted.recall.store import RecallStore
-from vllm_calidrop.ops.choice import column_sums_op, take_op, uses_native
+from vllm_calidrop.ops.choice import column_sums_op, take_op
 from vllm_calidrop.ops.packed import PackedCache
 from vllm_calidrop.worker.prefill import PrefillRow, observe_window
 from vllm_calidrop.worker.state_table import StateTable
@@ -22,15 +22,15 @@ from vllm_calidrop.worker.state_table import StateTable
 def observe_chunk(row: PrefillRow, layer: int, queries: Tensor, cache: PackedCache, scale: float) -> None:
     """Remember what the policy will need of this chunk's queries [length, Hq, D]. Only prompt queries count."""
     record = row.sequence.record
-    policy = POLICIES[record.policy]
+    needs = POLICIES[record.policy].needs
     prompt_end = min(row.done + row.length, record.prompt_len)
-    if policy.needs_column_sums and row.done < prompt_end:
+    if Needs.COLUMN_SUMS in needs and row.done < prompt_end:
         sums = row.sequence.column_sums.get(layer)
         if sums is None:
             sums = torch.zeros((cache.num_kv_heads, record.prompt_len), dtype=torch.float32)
             row.sequence.column_sums[layer] = sums
         column_sums_op()(sums, queries[: prompt_end - row.done], row.blocks, cache, row.done, scale)
-    if policy.needs_window_queries:
+    if needs & Needs.WINDOW:
         observe_window(row, layer, queries, prompt_end)
 
 
@@ -46,24 +46,27 @@ def compact(
 ) -> Selection:
     """Compact one layer of a sequence that has attended its last known token; last_query: [Hq, D] of that token."""
     sequence, record = row.sequence, row.sequence.record
+    needs = POLICIES[record.policy].needs
     window_queries, window_sums = sequence.window_queries.pop(layer, None), None
-    if window_queries is not None and uses_native():
+    if window_queries is not None and Needs.WINDOW_SUMS in needs:
         window_sums = torch.zeros((cache.num_kv_heads, record.prompt_len), dtype=torch.float32)
         before = record.prompt_len - record.window
         column_sums_op()(window_sums, window_queries, row.blocks, cache, before, scale)
-    summed = window_sums is not None or window_queries is None
-    keys = _shape_alone(cache, record.prompt_len) if summed else _prompt_keys(row, cache)
+    keys = _prompt_keys(row, cache) if Needs.KEYS in needs else None
     selection = POLICIES[record.policy].select(
         ScoreInputs(
-            keys=keys,
+            prompt_len=record.prompt_len,
+            num_kv_heads=cache.num_kv_heads,
             budget=record.budget,
             window=record.window,
             sinks=record.sinks,
             pool_kernel=record.pool_kernel,
             scale=scale,
-            window_queries=window_queries,
-            column_sums=sequence.column_sums.pop(layer, None),
+            device=cache.tensor.device,
+            keys=keys,
+            window_queries=window_queries if Needs.WINDOW_QUERIES in needs else None,
             window_sums=window_sums,
+            column_sums=sequence.column_sums.pop(layer, None),
         ),
         record.stored,
     )
@@ -71,7 +74,7 @@ def compact(
         evicted_keys, evicted_values = take_op()(cache, row.blocks, selection.evicted)
         refused = pool.write(layer, torch.tensor(record.swap_blocks), evicted_keys, evicted_values, record.codec)
         if record.recall is not None:
-            recall.put_sketch(layer, record, evicted_keys, _prompt_keys(row, cache) if summed else keys)
+            recall.put_sketch(layer, record, evicted_keys, _prompt_keys(row, cache) if keys is None else keys)
         else:
             query = last_query.view(cache.num_kv_heads, -1, cache.head_dim)
             table.put(layer, record.slot, query, attention_state(query, evicted_keys, evicted_values, scale))
@@ -89,8 +92,3 @@ def _prompt_keys(row: PrefillRow, cache: PackedCache) -> Tensor:
     """K [H, P, D] of the prompt, as attended (a copy)."""
     tokens = row.sequence.record.prompt_len
     return cache.read(row.blocks[None, : -(-tokens // cache.block_size)])[0][0, :, :tokens]
-
-
-def _shape_alone(cache: PackedCache, tokens: int) -> Tensor:
-    """[H, tokens, D] of NaN in no memory: where sums hold all that a policy wants of the keys, their shape is asked."""
-    return cache.tensor.new_full((), torch.nan).expand(cache.num_kv_heads, tokens, cache.head_dim)

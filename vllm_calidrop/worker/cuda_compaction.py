@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_calidrop.algorithm.policies import POLICIES, ScoreInputs, Selection
+from vllm_calidrop.algorithm.policies import POLICIES, Needs, ScoreInputs, Selection
 from vllm_calidrop.evicted.codecs import Codec, NoCodec, number_of
 from vllm_calidrop.evicted.pinned_pool import PinnedSwapPool
 from vllm_calidrop.evicted.pool import BLOCKS_AT_ONCE
@@ -39,15 +39,15 @@ class Run(NamedTuple):
 def observe_chunk(row: PrefillRow, layer: int, queries: Tensor, cache: KVCache, scale: float) -> None:
     """Remember what the policy will need of this chunk's queries [length, Hq, D]. Only prompt queries count."""
     record = row.sequence.record
-    policy = POLICIES[record.policy]
+    needs = POLICIES[record.policy].needs
     prompt_end = min(row.done + row.length, record.prompt_len)
-    if policy.needs_column_sums and row.done < prompt_end:
+    if Needs.COLUMN_SUMS in needs and row.done < prompt_end:
         sums = row.sequence.column_sums.get(layer)
         if sums is None:
             sums = _no_sums(cache, record.prompt_len)
             row.sequence.column_sums[layer] = sums
         _add_sums(sums, queries[: prompt_end - row.done], row.blocks, cache, row.done, scale)
-    if policy.needs_window_queries:
+    if needs & Needs.WINDOW:
         observe_window(row, layer, queries, prompt_end)
 
 
@@ -105,24 +105,33 @@ def _encode(codec: Codec, cache: KVCache, blocks: Tensor, positions: Tensor, sta
 
 def _select(row: PrefillRow, layer: int, cache: KVCache, scale: float) -> Selection:
     sequence, record = row.sequence, row.sequence.record
+    needs = POLICIES[record.policy].needs
     window_queries, window_sums = sequence.window_queries.pop(layer, None), None
-    if window_queries is not None:
+    if window_queries is not None and Needs.WINDOW_SUMS in needs:
         window_sums = _no_sums(cache, record.prompt_len)
         _add_sums(window_sums, window_queries, row.blocks, cache, record.prompt_len - record.window, scale)
-    # The sums hold all that the policies want of the keys; what these are asked for otherwise is their shape.
-    keys = cache.key.new_full((), torch.nan).expand(cache.key.shape[1], record.prompt_len, cache.key.shape[3])
     inputs = ScoreInputs(
-        keys=keys,
+        prompt_len=record.prompt_len,
+        num_kv_heads=cache.key.shape[1],
         budget=record.budget,
         window=record.window,
         sinks=record.sinks,
         pool_kernel=record.pool_kernel,
         scale=scale,
-        window_queries=window_queries,
-        column_sums=sequence.column_sums.pop(layer, None),
+        device=cache.key.device,
+        keys=_prompt_keys(row, cache) if Needs.KEYS in needs else None,
+        window_queries=window_queries if Needs.WINDOW_QUERIES in needs else None,
         window_sums=window_sums,
+        column_sums=sequence.column_sums.pop(layer, None),
     )
     return POLICIES[record.policy].select(inputs, record.stored)
+
+
+def _prompt_keys(row: PrefillRow, cache: KVCache) -> Tensor:
+    """K [H, P, D] of the prompt, as attended (a copy)."""
+    tokens = row.sequence.record.prompt_len
+    blocks = row.blocks[: -(-tokens // cache.key.shape[2])].long()
+    return cache.key[blocks].transpose(0, 1).flatten(1, 2)[:, :tokens]
 
 
 def _no_sums(cache: KVCache, prompt_len: int) -> Tensor:

@@ -18,6 +18,7 @@ from vllm_calidrop.memory import (
     encode_bytes,
     footprint,
     num_state_slots,
+    prompt_key_bytes,
     recall_pool_bytes,
     recall_pools,
     swap_bytes_beside,
@@ -95,7 +96,13 @@ def compaction_bytes(shape: ModelShape, max_chunk: int) -> int:
     blocks = BLOCKS_AT_ONCE * (
         shape.num_kv_heads * block + SwapPool.block_bytes(1, shape.num_kv_heads, shape.head_dim, shape.dtype)
     )
-    return scores + shape.num_kv_heads * shape.max_model_len * per_token + blocks + encode_bytes(shape)
+    return (
+        scores
+        + shape.num_kv_heads * shape.max_model_len * per_token
+        + blocks
+        + encode_bytes(shape)
+        + prompt_key_bytes(shape)
+    )
 
 
 def leave_room_on_device(

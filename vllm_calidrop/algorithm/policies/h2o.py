@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vllm_calidrop.algorithm.policies.base import Policy, ScoreInputs
+from vllm_calidrop.algorithm.policies.base import Needs, Policy, ScoreInputs
 
 # Queries scored at once: bounds the scratch to Hq x 128 x P floats instead of an n x n matrix.
 QUERY_TILE = 128
@@ -15,7 +15,7 @@ class H2O(Policy):
     """An odd budget gives the recent half the extra token; recent tokens take no part in the ranking."""
 
     name = "h2o"
-    needs_column_sums = True
+    needs = Needs.COLUMN_SUMS
 
     def importance(self, inputs: ScoreInputs) -> Tensor:
         assert inputs.column_sums is not None

@@ -14,7 +14,6 @@ class StreamingLLM(Policy):
     name = "streaming_llm"
 
     def importance(self, inputs: ScoreInputs) -> Tensor:
-        heads, prompt_len, _ = inputs.keys.shape
-        importance = torch.arange(prompt_len, dtype=torch.float32, device=inputs.keys.device)
+        importance = torch.arange(inputs.prompt_len, dtype=torch.float32, device=inputs.device)
         importance[: inputs.sinks] = torch.inf
-        return importance.expand(heads, prompt_len)
+        return importance.expand(inputs.num_kv_heads, -1)
