@@ -66,27 +66,20 @@ def refuse_platform() -> None:
     )
 
 
-# What a request may ask for on CUDA, where everything is done by kernels: the values that are there yet.
-CUDA_VALUES: dict[str, tuple[Any, ...]] = {"kv_recall": ("all",)}
-# The same where the decode step is xFormers'.
-XFORMERS_VALUES: dict[str, tuple[Any, ...]] = {**CUDA_VALUES, "kv_codec": ("none",), "kv_read_budget": (None,)}
-
-
 def refuse_settings(settings: RequestSettings) -> None:
-    """Raise SettingsError, naming the field, for a request whose settings this platform has no kernels for."""
-    from vllm_calidrop.ops.flavour import uses_cuda_flavour
+    """Raise SettingsError, naming the field, for a request whose settings this process's operators do not serve."""
+    from vllm_calidrop.ops.registry import wanted_set
     from vllm_calidrop.settings.request import SettingsError
 
-    if not settings.calibrates or not uses_cuda_flavour():
+    if not settings.calibrates:
         return
-    from vllm_calidrop.ops import gpu
-
-    by_xformers = gpu.choice() == "xformers"
-    for name, values in (XFORMERS_VALUES if by_xformers else CUDA_VALUES).items():
-        value = getattr(settings, name, values[0])
+    operators = wanted_set()
+    for name, values in operators.VALUES.items():
+        value = getattr(settings, name)
         if value not in values:
-            where = f"with {gpu.CHOICE_VARIABLE}=xformers" if by_xformers else "on CUDA yet"
-            raise SettingsError(f"{name} ({value}) is not supported {where}", name, value=value)
+            raise SettingsError(
+                f"{name} ({value}) is not supported by the {operators.name} operators", name, value=value
+            )
 
 
 def refuse_scheduler(scheduler: type) -> None:

@@ -14,10 +14,10 @@ cache_spec.register()
 
 def _backend() -> type[AttentionBackend]:
     if uses_cuda_flavour():
-        from vllm_calidrop.attention.cuda_backend import CaliDropCudaBackend
+        from vllm_calidrop.attention.cuda import CaliDropCudaBackend
 
         return CaliDropCudaBackend
-    from vllm_calidrop.attention.cpu_backend import CaliDropCpuBackend
+    from vllm_calidrop.attention.cpu import CaliDropCpuBackend
 
     return CaliDropCpuBackend
 

@@ -10,36 +10,19 @@ not done, and (`join`) before a step that may read what was stored.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vllm_calidrop.evicted.layout import SWAP_BLOCK_TOKENS
-from vllm_calidrop.evicted.pool import SwapPool
+from vllm_calidrop.evicted.codecs import Codec
+from vllm_calidrop.evicted.pool import Part, SwapPool, part_of
 
 STAGING_BUFFERS = 2
 STAGING_BYTES = 64 * 2**20
 
 
-@dataclass
-class Part:
-    """Some swap blocks of one sequence and layer on their way to the host.
-
-    tokens: the evicted tokens they hold. staging: their place on the device, [blocks, H, pages, 2, PAGE_TOKENS, D], or
-    the same bytes as a codec has them. ids: int32, 0, 1, ...: its blocks as `copy_evicted` numbers them. block_ids:
-    where they go.
-    """
-
-    tokens: slice
-    staging: Tensor
-    ids: Tensor
-    block_ids: tuple[int, ...]
-    buffer: int
-
-
 class PinnedSwapPool(SwapPool):
-    """device_pages: `pages` as the device sees them, the same memory. On a CPU device, `pages` itself."""
+    """On a CPU device (under Triton's interpreter) nothing is pinned."""
 
     def __init__(
         self,
@@ -51,23 +34,19 @@ class PinnedSwapPool(SwapPool):
         device: torch.device,
     ) -> None:
         super().__init__(num_layers, num_blocks, num_kv_heads, head_dim, dtype)
-        self.device_pages = self.pages
         self._stream: torch.cuda.Stream | None = None
         self._registered = False
         if device.type != "cpu":
             self.device_pages = self._pinned(device)
             self._stream = torch.cuda.Stream(device)
         count = staging_blocks(num_blocks, num_kv_heads, head_dim, dtype)
-        self._staging = torch.zeros((STAGING_BUFFERS, count, *self.pages.shape[2:]), dtype=dtype, device=device)
-        self._ids = torch.arange(count, dtype=torch.int32, device=device)
+        shape = (STAGING_BUFFERS, count, *self.memory.shape[2:])
+        self._staging = torch.zeros(shape, dtype=torch.uint8, device=device)
         self._copied: list[torch.cuda.Event | None] = [None] * STAGING_BUFFERS
-        self._next = 0
+        self._next = self._filling = 0
 
-    def parts(self, block_ids: tuple[int, ...], tokens: int, block_tokens: int = SWAP_BLOCK_TOKENS) -> Iterator[Part]:
-        """The blocks of `tokens` evicted tokens, as many at a time as fit a buffer. Fill each, then `send` it.
-
-        block_tokens: tokens of a block, the codec's.
-        """
+    def parts(self, block_ids: tuple[int, ...], tokens: int, codec: Codec) -> Iterator[Part]:
+        """The blocks of a run of `tokens` evicted tokens, as many at a time as fit a staging buffer."""
         most = self._staging.shape[1]
         for first in range(0, len(block_ids), most):
             some = block_ids[first : first + most]
@@ -75,9 +54,8 @@ class PinnedSwapPool(SwapPool):
             copied = self._copied[buffer]
             if copied is not None:
                 torch.cuda.current_stream().wait_event(copied)
-            start = first * block_tokens
-            end = min(tokens, start + len(some) * block_tokens)
-            yield Part(slice(start, end), self._staging[buffer, : len(some)], self._ids[: len(some)], some, buffer)
+            self._filling = buffer
+            yield part_of(first, some, tokens, codec, self._staging[buffer, : len(some)])
 
     def send(self, layer: int, part: Part) -> None:
         """Copy a filled part to the host."""
@@ -88,7 +66,7 @@ class PinnedSwapPool(SwapPool):
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             self._copy(layer, part)
-            self._copied[part.buffer] = self._stream.record_event()
+            self._copied[self._filling] = self._stream.record_event()
 
     def join(self) -> None:
         """From here on the compute stream sees everything that was sent."""
@@ -98,7 +76,7 @@ class PinnedSwapPool(SwapPool):
         self._copied = [None] * STAGING_BUFFERS
 
     def close(self) -> None:
-        """Wait for the copies, then give the memory back to the pageable world, in this order. Idempotent."""
+        """Wait for the copies, then unregister the memory, in this order. Idempotent."""
         if not self._registered:
             return
         torch.cuda.synchronize()
@@ -110,7 +88,7 @@ class PinnedSwapPool(SwapPool):
 
     def _copy(self, layer: int, part: Part) -> None:
         for at, first, count in runs(part.block_ids):
-            self.pages[layer, first : first + count].copy_(part.staging[at : at + count], non_blocking=True)
+            self.memory[layer, first : first + count].copy_(part.out[at : at + count], non_blocking=True)
 
     def _pinned(self, device: torch.device) -> Tensor:
         if self.pages.numel() == 0:
@@ -149,9 +127,9 @@ def staging_blocks(num_blocks: int, num_kv_heads: int, head_dim: int, dtype: tor
 
 
 def staging_bytes(num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes of all staging buffers and their ids."""
+    """Bytes of all staging buffers."""
     count = staging_blocks(num_blocks, num_kv_heads, head_dim, dtype)
-    return count * (STAGING_BUFFERS * SwapPool.block_bytes(1, num_kv_heads, head_dim, dtype) + 4)
+    return count * STAGING_BUFFERS * SwapPool.block_bytes(1, num_kv_heads, head_dim, dtype)
 
 
 def runs(block_ids: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:

@@ -78,7 +78,7 @@ class PackedCache:
         self._key_cache, self._value_cache = kv_cache.view(num_blocks, num_kv_heads, 2 * self.block_size, -1).chunk(
             2, dim=2
         )
-        self._offsets = block_offsets(isa, self.block_size, self.head_dim, kv_cache.dtype)
+        self.offsets = block_offsets(isa, self.block_size, self.head_dim, kv_cache.dtype)
 
     def read(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """K and V [N, H, columns * block_size, D] of block tables `blocks` [N, columns] (integer)."""
@@ -88,7 +88,7 @@ class PackedCache:
             .unflatten(-1, (self.block_size, self.head_dim))
             .transpose(1, 2)
             .flatten(2, 3)
-            for offsets in self._offsets
+            for offsets in self.offsets
         )
 
     def take(self, blocks: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,15 +97,18 @@ class PackedCache:
         blocks: its block table, integer [columns].
         """
         shape = (*index.shape, self.head_dim)
-        taken = tuple(self.tensor.new_empty(shape) for _ in self._offsets)
+        taken = tuple(self.tensor.new_empty(shape) for _ in self.offsets)
         head = torch.arange(self.num_kv_heads)[:, None, None]
         for first in range(0, index.shape[1], _TAKEN_AT_ONCE):
             some = index[:, first : first + _TAKEN_AT_ONCE]
             block = blocks[some // self.block_size].long().unsqueeze(-1)
-            for out, offsets in zip(taken, self._offsets, strict=True):
+            for out, offsets in zip(taken, self.offsets, strict=True):
                 out[:, first : first + some.shape[1]] = self._regions[block, head, offsets[some % self.block_size]]
         return taken[0], taken[1]
 
-    def write(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-        """Store K and V [tokens, H, D] at cache slots int64 [tokens]; every head's token may be another one."""
+    def put(self, blocks: Tensor, first_position: int, keys: Tensor, values: Tensor) -> None:
+        """Store K and V [H, n, D] as the tokens first_position, first_position + 1, ... of one sequence."""
+        position = torch.arange(first_position, first_position + keys.shape[1])
+        slots = blocks[position // self.block_size].long() * self.block_size + position % self.block_size
+        keys, values = (x.transpose(0, 1).contiguous() for x in (keys, values))
         ops.cpu_attn_reshape_and_cache(keys, values, self._key_cache, self._value_cache, slots, self.isa)

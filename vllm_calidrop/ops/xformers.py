@@ -1,16 +1,18 @@
 """The decode step in xFormers: partial attention over the paged cache and over the swap pool, then `merge_attentions`.
 
-The yardstick of the Triton kernels, and another implementation where those are not wanted; the same contract
-(`ops/triton/contract.py`). Nothing waits for the device here either: lengths and tables are device tensors, and where
-the gate does not ask for evicted KV its length is zero. But intermediate tensors are allocated in every step, and the
-state table is renewed by passes over all its slots. xFormers' own limits: fp16 and bf16, head_dim a power of two, and
-whole pages are read before they are masked, so what lies in a row's first block before its start must be finite.
+It is the yardstick of the Triton kernels, and another implementation where those are not wanted, behind the same
+contract (`ops/contract.py`); compaction is the Triton set's. Nothing waits for the device here either: lengths and
+tables are device tensors, and where the gate does not ask for evicted KV its length is zero. But intermediate tensors
+are allocated in every step, and the state table is renewed by passes over all its slots. xFormers' own limits are fp16
+and bf16, a head_dim that is a power of two, and that whole pages are read before they are masked: what lies in a row's
+first block before its start must be finite.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +22,43 @@ from xformers.ops.fmha.attn_bias import PagedBlockDiagonalGappyKeysMask, _GappyS
 
 from vllm_calidrop.algorithm.calibration import AttentionState, cosine, decide
 from vllm_calidrop.evicted.layout import PAGE_TOKENS, PAGES_PER_BLOCK
-from vllm_calidrop.ops.triton.contract import KVCache, Rows, Scratch, Sequences, State
+from vllm_calidrop.ops.base import ModelKV
+from vllm_calidrop.ops.contract import KVCache, Rows, Sequences, State
+from vllm_calidrop.ops.triton.operators import TritonSet
+from vllm_calidrop.ops.triton.scratch import Scratch
+
+
+class XformersSet(TritonSet):
+    """`VLLM_CALIDROP_OPS=xformers`. It allocates in every step, so it is never captured in a full CUDA graph."""
+
+    name = "xformers"
+    VALUES: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **TritonSet.VALUES,
+        "kv_codec": ("none",),
+        "kv_read_budget": (None,),
+    }
+    in_graphs = False
+
+    @classmethod
+    def refusal(cls, model: ModelKV) -> str | None:
+        if model.dtype not in (torch.float16, torch.bfloat16):
+            return f"xFormers attends in float16 and bfloat16, not in {model.dtype}"
+        if model.head_dim & (model.head_dim - 1):
+            return f"xFormers needs a head_dim that is a power of two, not {model.head_dim}"
+        return super().refusal(model)
+
+    def cache_of(self, kv_cache: Tensor) -> KVCache:
+        cache = super().cache_of(kv_cache)
+        if _token_major(cache) is None and _head_major(cache) is None:
+            raise ValueError(
+                f"xFormers cannot read a cache [blocks, KV heads, tokens, head_dim] with strides {cache.key.stride()}"
+            )
+        return cache
+
+    def decode(self, query: Tensor, out: Tensor, cache: KVCache, layer: int, rows: Rows, scale: float) -> None:
+        tables = self.tables
+        state, scratch = tables.states[layer], self.scratch(len(rows.slot))
+        decode_step(query, out, cache, self.pages(layer), rows, tables.sequences, state, scratch, scale)
 
 
 def decode_step(
@@ -62,17 +100,6 @@ def decode_step(
     out.copy_(torch.where((of_token >= 0)[:, None, None], written, out))
     if lse is not None:
         lse.copy_(torch.where(real[:, None], merged.lse.flatten(1), lse))
-
-
-def refusal(query_dtype: torch.dtype, head_dim: int, cache: KVCache) -> str | None:
-    """Why this implementation cannot serve a model, None if it can."""
-    if query_dtype not in (torch.float16, torch.bfloat16):
-        return f"xFormers attends in float16 and bfloat16, not in {query_dtype}"
-    if head_dim & (head_dim - 1):
-        return f"xFormers needs a head_dim that is a power of two, not {head_dim}"
-    if _token_major(cache) is None and _head_major(cache) is None:
-        return f"xFormers cannot read a cache with strides {cache.key.stride()} of [blocks, KV heads, tokens, head_dim]"
-    return None
 
 
 def _attend_cache(

@@ -20,6 +20,8 @@ from pydantic import (
     model_validator,
 )
 
+from vllm_calidrop.evicted.recall.buffer import MAX_BUFFER
+
 Policy = Literal["snapkv", "h2o", "streaming_llm", "full"]
 Gate = Literal["group", "head", "group_mean"]
 OnFull = Literal["full", "evict", "wait", "reject"]
@@ -31,7 +33,6 @@ DEFAULT_SINKS = 32
 # Recall by pages: most pages of a look without and with kv_recall_top_p, eps without and with a buffer.
 DEFAULT_PAGES, DEFAULT_PAGES_TOP_P = 4, 64
 DEFAULT_EPS, DEFAULT_EPS_BUFFER = 0.02, 0.05
-MAX_BUFFER = 64
 MAX_COUNT = 2**31 - 1  # what the int32 buffers of the workers hold
 MAX_BYTES = 2**62
 

@@ -9,12 +9,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from vllm_calidrop.metrics import COMPACTION_SECONDS, SIMILARITY
-
-SUM_UNIT = 1e-6  # of the sum of similarities, which is kept in an integer
+from vllm_calidrop.metrics import COMPACTION_SECONDS
+from vllm_calidrop.ops.similarity import SUM_UNIT
 
 
 @dataclass(frozen=True)
@@ -31,22 +29,6 @@ class WorkerMeasures:
 
     similarity: Histogram
     compaction_seconds: Histogram
-
-
-def similarity_histogram() -> Tensor:
-    """int64 [buckets + 2]: how many per bound, how many above the last, their sum in SUM_UNIT."""
-    return torch.zeros(len(SIMILARITY.buckets) + 2, dtype=torch.int64)
-
-
-SIMILARITY_BOUNDS = torch.tensor(SIMILARITY.buckets, dtype=torch.float32)
-
-
-def observe_similarity(histogram: Tensor, rho: Tensor) -> None:
-    """Add similarities of any shape; NaN is none (a head without evicted KV), and rounding may exceed 1."""
-    rho = rho[~rho.isnan()].clamp(max=1.0)
-    places = torch.bucketize(rho, SIMILARITY_BOUNDS)
-    histogram[:-1] += torch.bincount(places, minlength=len(histogram) - 1)
-    histogram[-1] += (rho.double() / SUM_UNIT).round().long().sum()
 
 
 class Measures:

@@ -23,9 +23,12 @@ from vllm_calidrop.memory import (
     recall_pools,
     swap_bytes_beside,
 )
+from vllm_calidrop.ops.base import ModelKV
 from vllm_calidrop.ops.flavour import is_on_gpu
+from vllm_calidrop.ops.registry import wanted_set
 from vllm_calidrop.settings.server import ServerSettings
 from vllm_calidrop.worker.state_table import StateTable
+from vllm_calidrop.worker.worker import CaliDropWorker
 
 GIB = 2**30
 
@@ -76,11 +79,16 @@ def device_bytes(shape: ModelShape, num_slots: int, max_rows: int, max_chunk: in
     state_table = num_slots * StateTable.slot_bytes(
         shape.num_layers, shape.num_query_heads, shape.head_dim, shape.dtype
     )
-    from vllm_calidrop.worker.cuda_worker import CaliDropCudaWorker
-
-    fixed = CaliDropCudaWorker.num_bytes(shape, num_slots, max_rows)
+    fixed = CaliDropWorker.table_bytes(shape.max_model_len, num_slots, max_rows)
+    fixed += wanted_set().scratch_bytes(_model_kv(shape), max_rows)
     staging = staging_bytes(2**31, shape.num_kv_heads, shape.head_dim, shape.dtype)
     return state_table + fixed + staging + settings.prefill_state_bytes + compaction_bytes(shape, max_chunk)
+
+
+def _model_kv(shape: ModelShape) -> ModelKV:
+    """The model as the operators know it; scratch does not depend on the block size."""
+    group = shape.num_query_heads // shape.num_kv_heads
+    return ModelKV(shape.dtype, shape.num_kv_heads, group, shape.head_dim, block_size=16, isa=None)
 
 
 def compaction_bytes(shape: ModelShape, max_chunk: int) -> int:

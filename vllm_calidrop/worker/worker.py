@@ -1,4 +1,6 @@
-"""All that one worker holds beside vLLM's own: sequences, state table, pools. Made once the KV cache exists."""
+"""All that one worker holds beside vLLM's own: tables, pools and sequences, at fixed addresses, made once the KV cache
+exists and before CUDA graphs are captured. The same for every platform; only where the tables lie differs.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,10 +16,15 @@ from vllm_calidrop.algorithm.policies import Selection
 from vllm_calidrop.evicted.pool import SwapPool
 from vllm_calidrop.evicted.recall.store import RecallStore
 from vllm_calidrop.memory import ModelShape, PoolSizes
+from vllm_calidrop.ops.base import ModelKV, OperatorSet, Tables
+from vllm_calidrop.ops.similarity import similarity_histogram
 from vllm_calidrop.records import SequenceCounters, SequenceRecord, StepRecords
 from vllm_calidrop.worker.measures import Measures
 from vllm_calidrop.worker.sequences import Sequence, SequenceTable
+from vllm_calidrop.worker.slots import SlotTables
 from vllm_calidrop.worker.state_table import StateTable
+from vllm_calidrop.worker.step import StepTable
+from vllm_calidrop.worker.upload import upload
 
 # Called with (record, layer, selection) when a layer of a sequence has been compacted; tests and diagnostics.
 CompactionListener = Callable[[SequenceRecord, int, Selection], None]
@@ -25,43 +33,55 @@ CompactionListener = Callable[[SequenceRecord, int, Selection], None]
 class CaliDropWorker:
     """The worker-side state of one engine on one rank.
 
-    layer_names: attention layers in the order of the KV-cache group; a layer's index is its place here.
+    layer_names: attention layers in the order of the KV-cache group; a layer's index is its place here. max_rows:
+    sequences of a batch at most. device: where the KV cache lies. operators: the set that serves (ops/registry.py).
     """
 
     def __init__(
-        self, runner: Any, layer_names: list[str], shape: ModelShape, num_slots: int, pools: PoolSizes
+        self,
+        runner: Any,
+        layer_names: list[str],
+        shape: ModelShape,
+        num_slots: int,
+        pools: PoolSizes,
+        max_rows: int,
+        device: torch.device,
+        pool: SwapPool,
+        operators: type[OperatorSet],
+        model: ModelKV,
     ) -> None:
         self.runner = runner
+        self.device = device
+        self.pool = pool
         self.layer_index = {name: index for index, name in enumerate(layer_names)}
-        layers, kv_heads, head_dim = len(layer_names), shape.num_kv_heads, shape.head_dim
-        group = shape.num_query_heads // kv_heads
-        self.sequences = SequenceTable(num_slots, shape.max_model_len)
-        self.table = StateTable(layers, num_slots, kv_heads, group, head_dim, shape.dtype, self.device)
-        self.pool = self._make_pool(layers, pools.swap_blocks, kv_heads, head_dim, shape.dtype)
-        self.recall = RecallStore(
-            layers, num_slots, pools.sketch_blocks, pools.buffer_pages, kv_heads, head_dim, shape.dtype
-        )
-        self.measures = Measures(self.table.similarity)
+        layers, kv_heads, head_dim, dtype = len(layer_names), shape.num_kv_heads, shape.head_dim, shape.dtype
+        self.sequences = SequenceTable(num_slots)
+        self.table = StateTable(layers, num_slots, kv_heads, model.group, head_dim, dtype, device)
+        self.slots = SlotTables(num_slots, shape.max_model_len, head_dim, dtype, device)
+        self.step = StepTable(max_rows, device)
+        self.recall = RecallStore(layers, num_slots, pools.sketch_blocks, pools.buffer_pages, kv_heads, head_dim, dtype)
+        similarity = similarity_histogram()
+        self.measures = Measures(similarity)
+        tables = Tables(self.slots.sequences, self.slots.recall, self.table.layers, similarity, pool, self.recall)
+        self.operators = operators(tables, model, max_rows)
         self.on_compaction: CompactionListener | None = None
         self._step_ids: list[str] = []
 
-    @property
-    def device(self) -> torch.device:
-        """Where the state table lies: beside the KV cache."""
-        return torch.device("cpu")
-
-    def _make_pool(
-        self, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
-    ) -> SwapPool:
-        return SwapPool(num_layers, num_blocks, num_kv_heads, head_dim, dtype)
+    @staticmethod
+    def table_bytes(max_model_len: int, num_slots: int, max_rows: int) -> int:
+        """Bytes of slot and step tables, beside the state table and what the operators hold."""
+        return SlotTables.num_bytes(num_slots, max_model_len) + StepTable.num_bytes(max_rows)
 
     def begin_step(self, step: StepRecords | None, scheduled_ids: list[str]) -> None:
         """Take over the scheduler's records, before anything of the step runs."""
         if step is not None:
-            for record in self.sequences.apply(step):
+            admitted = self.sequences.apply(step)
+            for record in admitted:
                 self.table.admit(record.slot)
                 self.recall.admit(record)
+            self.slots.admit(admitted)
         self._step_ids = [request_id for request_id in scheduled_ids if self.sequences.get(request_id) is not None]
+        self.pool.join()
 
     def has_unfinished_prompt(self) -> bool:
         """Whether a prompt that will be compacted is scheduled and was not complete before this step."""
@@ -69,6 +89,7 @@ class CaliDropWorker:
 
     def close(self) -> None:
         """Give back what is not freed with this object."""
+        self.pool.close()
 
     def request_ids(self, common_attn_metadata: Any) -> list[str]:
         """Request of every row. Model runner V2 says so in the metadata, V1 keeps it in its input batch."""
@@ -77,20 +98,21 @@ class CaliDropWorker:
             return [index_to_id[index] for index in common_attn_metadata.req_idx.tolist()]
         return list(self.runner.input_batch.req_ids[: common_attn_metadata.num_reqs])
 
-    def layer_compacted(self, sequence: Sequence, layer: int, seconds: float) -> None:
+    def layer_compacted(self, sequence: Sequence, layer: int, selection: Selection, seconds: float) -> None:
         """One layer of a sequence was compacted; with the last one the sequence's time is known."""
         sequence.compaction_seconds += seconds
         if layer == len(self.layer_index) - 1:
             self.measures.compacted(sequence.compaction_seconds)
+        if self.on_compaction is not None:
+            self.on_compaction(sequence.record, layer, selection)
 
     def step_counts(self) -> tuple[list[tuple[str, int]], Tensor]:
         """Counters of the step's sequences: (request id, admission), and int64 [n, layers, COUNTERS], a copy."""
         records = [sequence.record for _, sequence in self._step_sequences()]
-        counts = self._counts_of([record.slot for record in records])
-        return [(record.request_id, record.admission) for record in records], counts
-
-    def _counts_of(self, slots: list[int]) -> Tensor:
-        return self.table.counts[slots]
+        index = torch.empty(len(records), dtype=torch.int64, device=self.device)
+        upload(np.fromiter((record.slot for record in records), np.int64, len(records)), index)
+        owners = [(record.request_id, record.admission) for record in records]
+        return owners, self.table.counts.index_select(0, index)
 
     def _step_sequences(self) -> Iterator[tuple[str, Sequence]]:
         for request_id in self._step_ids:
@@ -108,6 +130,7 @@ class CaliDropWorker:
 
 
 def counters_of(owners: list[tuple[str, int]], counts: Tensor) -> dict[str, SequenceCounters]:
+    """What travels to the scheduler: the counters of `step_counts`, summed over ranks, by request id."""
     of_all = counts.numpy()
     return {
         request_id: SequenceCounters(admission, rows, sums)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,33 +11,6 @@ from vllm_calidrop.evicted.layout import PAGE_TOKENS, PAGES_PER_BLOCK, SWAP_BLOC
 from vllm_calidrop.evicted.recall.buffer import EMPTY, OLDEST
 from vllm_calidrop.evicted.recall.sketch import CHANNELS_PER_BYTE, WORD_BYTES, encode, padded_dim, token_bytes
 from vllm_calidrop.records import SequenceRecord
-
-
-@dataclass
-class RecallRows:
-    """Rows of a decode step whose evicted KV is recalled by pages. M rows.
-
-    rows: int64 [M], their indices among the step's compacted rows; slots: int64 [M]. theta, eps, top_p (NaN: top-k):
-    float32 [M]; most, buffer_size, stored: int64 [M]. swap_blocks, sketch_blocks: int64 [M, W]; buffer_ids: int64
-    [M, B], B the largest buffer_size. codec: int64 [M], numbers of codecs, None if all are `none`; most_reads: int64
-    [M], pages a layer may read in this step, None if there is no read budget.
-    """
-
-    rows: Tensor
-    slots: Tensor
-    theta: Tensor
-    eps: Tensor
-    top_p: Tensor
-    most: Tensor
-    buffer_size: Tensor
-    stored: Tensor
-    swap_blocks: Tensor
-    sketch_blocks: Tensor
-    buffer_ids: Tensor
-    codec: Tensor | None = None
-    most_reads: Tensor | None = None
-    # What the native operator keeps from one layer of the step to the next.
-    native: Any = None
 
 
 class Sketch(NamedTuple):

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from vllm_calidrop.ops import numbers
+
 logger = logging.getLogger("vllm.calidrop")
 
 SOURCES = Path(__file__).parent
@@ -40,7 +42,7 @@ def library(cache: Path | None = None) -> Path:
     folder = cache or cache_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        target = folder / f"decode-{_key(compiler)}.so"
+        target = folder / f"operators-{_key(compiler)}.so"
         if target.exists():
             return target
         with (folder / f"{target.stem}.lock").open("w") as lock:
@@ -69,8 +71,9 @@ def _compile(compiler: str, target: Path) -> None:
     failure = ""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         built = Path(folder) / target.name
+        (Path(folder) / "numbers.h").write_text(numbers.header())
         for machine in TARGETS:
-            command = [compiler, *FLAGS, *machine, *sources, "-o", str(built)]
+            command = [compiler, *FLAGS, *machine, f"-I{folder}", *sources, "-o", str(built)]
             run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
             if run.returncode == 0:
                 built.replace(target)
@@ -85,6 +88,7 @@ def _key(compiler: str) -> str:
     digest = hashlib.sha256()
     for path in sorted((*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h"))):
         digest.update(path.name.encode() + path.read_bytes())
+    digest.update(numbers.header().encode())
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
     for part in (*FLAGS, str(TARGETS), compiler, version, torch.__version__, platform.machine(), _cpu_features()):
         digest.update(part.encode() + b"\0")

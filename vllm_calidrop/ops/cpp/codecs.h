@@ -1,20 +1,14 @@
-// How codecs store evicted KV. The layout is cache/codecs/grouped.py's.
+// How codecs store evicted KV. The layout is evicted/codecs/grouped.py's.
 #pragma once
 
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
+#include "numbers.h"
 #include "simd.h"
 
 namespace calidrop {
-
-// The fields, their order and their types are those of native/codecs.py::Layout. All but the first are 0 for none.
-struct CodecLayout {
-  int64_t bits, is_float, fine, outliers;
-  int64_t pages_per_block, pages_per_group, pages_per_range;
-  int64_t group_bytes, head_bytes, range_bytes, position_bytes, page_bytes, code_bytes;
-};
 
 // Codes of kPartLanes channels, the first in the lowest bits.
 template <int BITS>

@@ -1,15 +1,14 @@
-// Which pages a look wants, and where they go in the page buffer. The meaning is recall/looks.py::wanted_pages' and
-// recall/buffer.py's.
+// Which pages a look wants, and where they go in the page buffer. The meaning is evicted/recall/looks.py::wanted_pages' and
+// evicted/recall/buffer.py's.
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
+#include "numbers.h"
 #include "sketch.h"
 
 namespace calidrop {
-
-constexpr int64_t kEmpty = -1, kOldest = int64_t(1) << 30;
 
 // eps and most, or top_p (NaN: eps) and most.
 struct Choice {
@@ -61,7 +60,7 @@ class WantedPages {
 // The places of one KV head's page buffer, at most kMost. place[i] for each of `wanted`: where it must be put, -1: nowhere.
 class BufferPlaces {
  public:
-  static constexpr int kMost = 64;
+  static constexpr int kMost = kMaxBuffer;
 
   // held, rank: [size], by place; renewed. A page keeps its place; the newest wanted pages stay.
   const std::vector<int>& renew(int64_t* held, int64_t* rank, int size, const std::vector<int64_t>& wanted) {

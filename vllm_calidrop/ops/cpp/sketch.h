@@ -10,12 +10,12 @@
 #include <algorithm>
 #include <vector>
 
+#include "numbers.h"
 #include "simd.h"
 
 namespace calidrop {
 
-constexpr int kPage = 16;          // tokens
-constexpr int kWordChannels = 16;  // channels of a word of codes
+constexpr int kPage = kPageTokens;
 constexpr int kLookSums = kSums < 8 ? kSums : 8;  // pages times heads that are summed at once
 static_assert(kPage == kLanes, "a page is a vector");
 
@@ -103,7 +103,7 @@ inline void page_dots(const uint32_t* words, int num_words, const float* query, 
 struct Sketched {
   const uint8_t* codes;    // of the layer: [blocks, KV heads, pages, num_words, kPage, 4]
   const uint16_t* scales;  // [blocks, KV heads, pages, kPage]
-  const int64_t* blocks;   // of the sequence
+  const int32_t* blocks;   // of the sequence
   int64_t kv_heads, kv_head, pages_per_block, tokens;
   int num_words;
   Levels levels;

@@ -19,49 +19,73 @@ from vllm_calidrop.evicted.pool import SwapPool
 from vllm_calidrop.evicted.recall.buffer import is_held, renew
 from vllm_calidrop.evicted.recall.looks import page_shares, wanted_pages
 from vllm_calidrop.evicted.recall.sketch import estimate
-from vllm_calidrop.evicted.recall.store import RecallRows, RecallStore
-from vllm_calidrop.worker.measures import observe_similarity
-from vllm_calidrop.worker.state_table import StateTable
+from vllm_calidrop.evicted.recall.store import RecallStore
+from vllm_calidrop.ops.base import Tables
+from vllm_calidrop.ops.contract import NO_BUDGET
+from vllm_calidrop.ops.similarity import observe_similarity
+from vllm_calidrop.ops.state import count_looks
 
 # Pairs of (sequence, KV head) look in groups of at most this many tokens, which bounds the decoded codes.
 LOOK_TOKENS = 1 << 17
 
 
-def add_recalled(
-    rows: RecallRows,
-    layer: int,
-    queries: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    pool: SwapPool,
-    table: StateTable,
-    store: RecallStore,
-    scale: float,
-) -> None:
-    """Merge what M of a step's N rows recall into their state over the kept tokens: out [N, Hq, D], lse [N, Hq].
+class RecallRows(NamedTuple):
+    """M rows that recall by pages, gathered from the tables by slot.
 
-    queries: [N, Hq, D]. `out` becomes the rows' attention, `lse` stays.
+    slots, most, buffer_size, stored, codec: int [M]; theta, eps, top_p (NaN: by number alone): float32 [M].
+    swap_blocks, sketch_blocks: int [M, W]; buffer_ids: int [M, B], B the largest buffer_size. most_reads: int [M],
+    pages that a layer may read in this step, None if there is no read budget.
     """
-    mine, shape = rows.rows, (len(rows.rows), *table.query.shape[2:])
-    kept = AttentionState(out[mine].view(shape), lse[mine].view(shape[:-1]))
-    recalled = _recalled_state(rows, layer, queries[mine].view(shape), kept.lse, pool, table, store, scale)
-    out[mine] = merge_states(kept, recalled).out.view(len(mine), *out.shape[1:])
+
+    slots: Tensor
+    theta: Tensor
+    eps: Tensor
+    top_p: Tensor
+    most: Tensor
+    buffer_size: Tensor
+    stored: Tensor
+    swap_blocks: Tensor
+    sketch_blocks: Tensor
+    buffer_ids: Tensor
+    codec: Tensor
+    most_reads: Tensor | None
+
+    @classmethod
+    def of(cls, slots: Tensor, tables: Tables) -> RecallRows:
+        recall, sequences = tables.recall, tables.sequences
+        size, most_reads = recall.buffer_size[slots], sequences.most_reads[slots]
+        return cls(
+            slots=slots,
+            theta=recall.theta[slots],
+            eps=recall.eps[slots],
+            top_p=recall.top_p[slots],
+            most=recall.most[slots],
+            buffer_size=size,
+            stored=recall.stored[slots],
+            swap_blocks=sequences.swap_blocks[slots].long(),
+            sketch_blocks=recall.sketch_blocks[slots].long(),
+            buffer_ids=recall.buffer_ids[slots, : int(size.max())].long(),
+            codec=sequences.codec[slots],
+            most_reads=most_reads if bool((most_reads < NO_BUDGET).any()) else None,
+        )
 
 
-def _recalled_state(
-    rows: RecallRows, layer: int, query: Tensor, kept_lse: Tensor, pool: SwapPool, table: StateTable,
-    store: RecallStore, scale: float,
-) -> AttentionState:  # fmt: skip
-    """The gate, the looks, and what they recall for M rows; query [M, H, G, D], kept_lse [M, H, G]."""
-    slots = rows.slots
-    rho = cosine(query, table.query[layer, slots])
-    observe_similarity(table.similarity, rho[store.looked[layer, slots]])
+def recalled_state(
+    layer: int, slots: Tensor, query: Tensor, kept_lse: Tensor, tables: Tables, scale: float
+) -> AttentionState:
+    """The gate, the looks, and the state over what they recall, for M rows that recall by pages.
+
+    slots: int64 [M]; query: [M, H, G, D]; kept_lse: [M, H, G], of the state over the kept tokens.
+    """
+    rows, state, store = RecallRows.of(slots, tables), tables.states[layer], tables.store
+    rho = cosine(query, state.query[slots])
+    observe_similarity(tables.similarity, rho[store.looked[layer, slots]])
     looks = (rho.amin(-1) < rows.theta[:, None]) | ~store.looked[layer, slots, None]
     store.looked[layer, slots] = True
 
     buffered = _buffered_state(rows, layer, query, store, scale)  # what was held before this step's looks
     has_buffer = (rows.buffer_size > 0)[:, None] & ~looks
-    table.lse[layer, slots] = table.lse[layer, slots].masked_fill(has_buffer.unsqueeze(-1), -torch.inf)
+    state.lse[slots] = state.lse[slots].masked_fill(has_buffer.unsqueeze(-1), -torch.inf)
 
     pages_read = torch.zeros_like(looks, dtype=torch.int64)
     skipped = None
@@ -71,14 +95,14 @@ def _recalled_state(
         pairs = list(zip(row.split(step), kv_head.split(step)))
         found = [_look(rows, layer, *some, query[some], kept_lse[some], store, scale) for some in pairs]
         if rows.most_reads is not None:
-            found, skipped = _within_budget(rows, layer, row, kv_head, found, store)
+            found, skipped = _within_budget(rows, layer, row, kv_head, found, store, rows.most_reads)
         for some, look in zip(pairs, found):
-            pages_read[some] = _read(rows, layer, *some, look.wanted, query[some], pool, table, store, scale)
+            pages_read[some] = _read(rows, layer, *some, look.wanted, query[some], tables, scale)
 
-    recalled = AttentionState(table.out[layer, slots], table.lse[layer, slots])
+    recalled = AttentionState(state.out[slots], state.lse[slots])
     if buffered is not None:
         recalled = merge_states(recalled, buffered)
-    table.count_recall(layer, slots, looks, ~looks.unsqueeze(-1) & (recalled.lse > -torch.inf), pages_read, skipped)
+    count_looks(state, slots, looks, ~looks.unsqueeze(-1) & (recalled.lse > -torch.inf), pages_read, skipped)
     return recalled
 
 
@@ -102,13 +126,12 @@ def _look(
 
 
 def _within_budget(
-    rows: RecallRows, layer: int, row: Tensor, kv_head: Tensor, found: list[Look], store: RecallStore
+    rows: RecallRows, layer: int, row: Tensor, kv_head: Tensor, found: list[Look], store: RecallStore, most: Tensor
 ) -> tuple[list[Look], Tensor]:
-    """Of all pages that a row would read in this layer, the `most_reads` of largest share, ties to the lower KV head.
+    """Of all pages that a row would read in this layer, the `most` [M] of largest share, ties to the lower KV head.
 
     The others are wanted by nobody. Also returns how many those are, int64 [M].
     """
-    assert rows.most_reads is not None
     columns = max(look.wanted.shape[1] for look in found)
     grow = [(0, columns - look.wanted.shape[1]) for look in found]
     wanted = torch.cat([pad(look.wanted, by, value=-1) for look, by in zip(found, grow)])
@@ -121,33 +144,34 @@ def _within_budget(
     order = order[row[pair[order]].argsort(stable=True)]
     owner = row[pair[order]]
     place = torch.arange(len(owner)) - torch.searchsorted(owner, owner)
-    beyond = order[place >= rows.most_reads[owner]]
+    beyond = order[place >= most[owner]]
     wanted[pair[beyond], column[beyond]] = -1
-    skipped = torch.bincount(row[pair[beyond]], minlength=len(rows.rows))
+    skipped = torch.bincount(row[pair[beyond]], minlength=len(rows.slots))
     parts = [len(look.wanted) for look in found]
     return [Look(*part) for part in zip(wanted.split(parts), share.split(parts))], skipped
 
 
 def _read(
-    rows: RecallRows, layer: int, row: Tensor, kv_head: Tensor, wanted: Tensor, query: Tensor, pool: SwapPool,
-    table: StateTable, store: RecallStore, scale: float,
+    rows: RecallRows, layer: int, row: Tensor, kv_head: Tensor, wanted: Tensor, query: Tensor, tables: Tables,
+    scale: float,
 ) -> Tensor:  # fmt: skip
     """Read the wanted pages of N (row, KV head) pairs that their buffers do not hold; query [N, G, D]. Stores the state
     over the pages read and puts these into the pair's buffer. Returns how many were read, int64 [N]."""
+    table, store = tables.states[layer], tables.store
     slots, stored = rows.slots[row], rows.stored[row]
     buffer_ids = rows.buffer_ids[row]
     held = _held(rows, row, store.held[layer, buffer_ids, kv_head[:, None]])
     read = (wanted >= 0) & ~is_held(wanted, held)
 
     pair, column = torch.nonzero(read, as_tuple=True)
-    kv = _pages(rows, layer, row[pair], kv_head[pair], wanted[pair, column], pool)
+    kv = _pages(rows, layer, row[pair], kv_head[pair], wanted[pair, column], tables.pool)
     padded = kv.new_zeros((*wanted.shape, *kv.shape[1:]))
     padded[pair, column] = kv
     state = _state_over(query, padded, torch.where(read, wanted, -1), stored, scale)
 
-    table.query[layer, slots, kv_head] = query
-    table.out[layer, slots, kv_head] = state.out
-    table.lse[layer, slots, kv_head] = state.lse
+    table.query[slots, kv_head] = query
+    table.out[slots, kv_head] = state.out
+    table.lse[slots, kv_head] = state.lse
     if held.shape[1]:
         where = (layer, buffer_ids, kv_head[:, None])
         renewal = renew(held, store.rank[where], wanted, rows.buffer_size[row])
@@ -168,9 +192,9 @@ def _pages(rows: RecallRows, layer: int, row: Tensor, kv_head: Tensor, page: Ten
         block_ids = rows.swap_blocks[row, page // per_block]
         return pool.read_pages(layer, block_ids, kv_head, page % per_block, codec)
 
-    if rows.codec is None:
-        return read(row, kv_head, page, 0)
     codecs = rows.codec[row]
+    if not codecs.any():
+        return read(row, kv_head, page, 0)
     head_dim = pool.codecs[0].head_dim
     pages = torch.empty((len(page), 2, PAGE_TOKENS, head_dim), dtype=torch.float32)
     for codec in codecs.unique().tolist():

@@ -8,26 +8,16 @@ Under TRITON_INTERPRET=1 they run on CPU tensors.
 
 from __future__ import annotations
 
+from vllm_calidrop.ops.contract import NO_BUDGET, KVCache, Rows, Sequences, State
+from vllm_calidrop.ops.numbers import RECOMPUTE
 from vllm_calidrop.ops.triton.calibrate import calibrate
 from vllm_calidrop.ops.triton.compact import copy_evicted, gather_kept, scatter_kept
-from vllm_calidrop.ops.triton.contract import (
-    NO_BUDGET,
-    RECOMPUTE,
-    KVCache,
-    Rows,
-    Scratch,
-    Sequences,
-    State,
-    make_scratch,
-    scratch_bytes,
-    splits_for,
-    view_scratch,
-)
 from vllm_calidrop.ops.triton.decode import decode_kept
 from vllm_calidrop.ops.triton.encoded import reload_encoded
 from vllm_calidrop.ops.triton.merge import merge_row
 from vllm_calidrop.ops.triton.reload import reload_evicted
 from vllm_calidrop.ops.triton.score import add_column_sums, score_scratch_elements
+from vllm_calidrop.ops.triton.scratch import Scratch, make_scratch, scratch_bytes, splits_for, view_scratch
 from vllm_calidrop.ops.triton.step import decode_step
 
 __all__ = [

@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vllm_calidrop.ops.contract import KVCache, State
 from vllm_calidrop.ops.triton.attend import LOG2_E, attend_tile, store_partial
-from vllm_calidrop.ops.triton.contract import KVCache, Scratch, State
 from vllm_calidrop.ops.triton.merge import combine_splits
+from vllm_calidrop.ops.triton.scratch import Scratch
 from vllm_calidrop.ops.triton.tiles import power_of_two, tiles_for
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_calidrop.ops.triton.contract import KVCache
+from vllm_calidrop.ops.contract import KVCache
 from vllm_calidrop.ops.triton.pages import PAGE_TOKENS, SWAP_BLOCK_TOKENS
 from vllm_calidrop.ops.triton.tiles import power_of_two
 

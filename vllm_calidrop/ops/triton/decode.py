@@ -10,14 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_calidrop.algorithm.calibration import Gate
-from vllm_calidrop.ops.triton import contract
+from vllm_calidrop.ops import numbers
+from vllm_calidrop.ops.contract import KVCache, Rows, Sequences, State
 from vllm_calidrop.ops.triton.attend import LOG2_E, attend_tile, store_partial
-from vllm_calidrop.ops.triton.contract import KVCache, Rows, Scratch, Sequences, State
+from vllm_calidrop.ops.triton.scratch import Scratch
 from vllm_calidrop.ops.triton.tiles import tiles_for
 
-PLAIN: tl.constexpr = tl.constexpr(contract.PLAIN)
-MERGE: tl.constexpr = tl.constexpr(contract.MERGE)
-RECOMPUTE: tl.constexpr = tl.constexpr(contract.RECOMPUTE)
+PLAIN: tl.constexpr = tl.constexpr(numbers.PLAIN)
+MERGE: tl.constexpr = tl.constexpr(numbers.MERGE)
+RECOMPUTE: tl.constexpr = tl.constexpr(numbers.RECOMPUTE)
 GATE_GROUP: tl.constexpr = tl.constexpr(int(Gate.GROUP))
 GATE_GROUP_MEAN: tl.constexpr = tl.constexpr(int(Gate.GROUP_MEAN))
 

@@ -15,9 +15,10 @@ from torch import Tensor, bfloat16, uint8
 
 from vllm_calidrop.evicted import layout as tokens
 from vllm_calidrop.evicted.codecs import grouped, layout
+from vllm_calidrop.ops.contract import Rows, Sequences
 from vllm_calidrop.ops.triton.attend import LOG2_E, dot, store_partial
-from vllm_calidrop.ops.triton.contract import Rows, Scratch, Sequences
 from vllm_calidrop.ops.triton.reload import reads
+from vllm_calidrop.ops.triton.scratch import Scratch
 from vllm_calidrop.ops.triton.tiles import encoded_tiles_for, power_of_two
 
 PAGE_TOKENS: tl.constexpr = tl.constexpr(tokens.PAGE_TOKENS)

@@ -10,11 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vllm_calidrop.ops.contract import Rows, Sequences
 from vllm_calidrop.ops.triton.attend import LOG2_E, attend_tile, store_partial
 from vllm_calidrop.ops.triton.budget import is_barred
-from vllm_calidrop.ops.triton.contract import Rows, Scratch, Sequences
 from vllm_calidrop.ops.triton.decode import RECOMPUTE
 from vllm_calidrop.ops.triton.pages import load_evicted
+from vllm_calidrop.ops.triton.scratch import Scratch
 from vllm_calidrop.ops.triton.tiles import power_of_two, reload_tiles_for
 
 

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vllm_calidrop.ops.contract import KVCache
 from vllm_calidrop.ops.triton.attend import LOG2_E, dot
-from vllm_calidrop.ops.triton.contract import MAX_SPLITS, PROGRAMS, KVCache
+from vllm_calidrop.ops.triton.scratch import MAX_SPLITS, PROGRAMS
 from vllm_calidrop.ops.triton.tiles import power_of_two
 
 # Pairs of (query, head of the group) and keys of a tile.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vllm_calidrop.ops.triton.contract import KVCache, Rows, Scratch, Sequences, State
+from vllm_calidrop.ops.contract import KVCache, Rows, Sequences, State
 from vllm_calidrop.ops.triton.decode import decode_kept
 from vllm_calidrop.ops.triton.encoded import reload_encoded
 from vllm_calidrop.ops.triton.merge import merge_row
 from vllm_calidrop.ops.triton.reload import reload_evicted
+from vllm_calidrop.ops.triton.scratch import Scratch
 
 
 def decode_step(

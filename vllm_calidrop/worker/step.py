@@ -1,7 +1,7 @@
-"""What changes from step to step, on the device: one small table at a fixed address, filled by one copy.
+"""What changes from step to step: one small table at a fixed address beside the KV cache, filled by one copy.
 
 CUDA graphs record its address; a replay reads what the builder has written for its batch. Rows that are not compacted,
-and those that pad a captured batch, have end = 0: the operators of ours leave them alone.
+and those that pad a captured batch, have end = 0: our operators leave them alone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_calidrop.ops.triton import Rows
+from vllm_calidrop.ops.contract import Rows
 from vllm_calidrop.worker.upload import upload
 
 _SLOT, _TOKEN, _END, _STOCK = range(4)

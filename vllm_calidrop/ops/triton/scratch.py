@@ -1,13 +1,7 @@
-"""What the GPU operators are called with: tensors on the device, by name and shape. Nothing of vLLM, nothing computed.
+"""What a decode step of the Triton kernels writes and reads again: made once for the largest batch, at a fixed address.
 
-Shapes: N rows of a decode step, S state slots, H KV heads, G query heads per KV head, Hq = H * G, D head_dim, bs the
-block size of the tables (the kernel block size, where vLLM splits its blocks), C columns of a block table, W swap
-blocks of a sequence at most.
-
-A *row* is one decoding sequence in a batch, a *state slot* is its place in the tables for as long as it runs. Per step
-only `Rows` changes: `end` and `block_table` are vLLM's own persistent tensors (seq_lens, block table), so nothing has
-to be copied but the slots. Everything is read by the kernels themselves: no value is needed on the host, nothing is
-allocated, grids depend on shapes alone, so a step can be captured in a CUDA graph and replayed with other contents.
+Nothing is allocated in a step and grids depend on shapes alone, so that a step can be captured in a CUDA graph. N, H,
+G, Hq and D are those of `ops/contract.py`.
 """
 
 from __future__ import annotations
@@ -19,78 +13,6 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
-
-# Values of the decision buffer. From RECOMPUTE on a head recomputes; less RECOMPUTE it is what the head does where the
-# read budget keeps its group from that.
-PLAIN, MERGE, RECOMPUTE, RECOMPUTE_OR_MERGE = 0, 1, 2, 3
-
-
-class Rows(NamedTuple):
-    """The rows of a step. Any integer dtype; int32 is what vLLM has.
-
-    slot: [N], state slot; -1: a row of plain vLLM (full KV, attended from token 0, no calibration).
-    token: [N], index of the row's query in `query` and of its answer in `out`.
-    end: [N], tokens known, the current one included (vLLM's seq_lens). 0: padding; nothing is read or written for it,
-        whatever its other entries hold.
-    block_table: [N, C], stride(1) == 1, columns from token 0 on (vLLM's own). Columns below start // bs and from
-        ceil(end / bs) on are never read: they may hold anything.
-    """
-
-    slot: Tensor
-    token: Tensor
-    end: Tensor
-    block_table: Tensor
-
-
-NO_BUDGET = 1 << 30
-
-
-class Sequences(NamedTuple):
-    """What holds for a sequence until it ends, by state slot; written when it is admitted or has been compacted.
-
-    start: int [S], the first attended token, P - B, in the numbering of `Rows.end` and of the block table's columns.
-    stored: int [S], evicted tokens per KV head in the swap pool; 0: no calibration state (also for recall by pages).
-    theta1, theta2: float32 [S]. gate: int [S], values of `calibration.Gate`.
-    swap_blocks: int [S, W], stride(1) == 1; entries beyond the blocks of `stored` tokens are never read.
-    codec: int [S], numbers of codecs. most_reads: int [S], KV heads whose evicted KV a step may read: those of lowest
-        similarity, ties to the lower head; NO_BUDGET: all.
-    layouts: int32 [codecs, fields], `cache/codecs/layout.py::layout_table`; not by slot.
-
-    Slots of different rows of a step are distinct.
-    """
-
-    start: Tensor
-    stored: Tensor
-    theta1: Tensor
-    theta2: Tensor
-    gate: Tensor
-    swap_blocks: Tensor
-    codec: Tensor
-    most_reads: Tensor
-    layouts: Tensor
-
-
-class KVCache(NamedTuple):
-    """One layer's paged cache as two views of [blocks, H, bs, D] with any strides: the layout is in the strides alone.
-
-    vLLM on CUDA: K and V interleaved in the last dimension, token-major or head-major; on CPU (vec): K transposed.
-    """
-
-    key: Tensor
-    value: Tensor
-
-
-class State(NamedTuple):
-    """One layer of the state table (`state_table.py`), contiguous, and its counters.
-
-    query: [S, H, G, D], dtype of the queries; out: float32 [S, H, G, D]; lse: float32 [S, H, G].
-    counts: int64 [S, len(COUNTERS)] of this layer, stride(1) == 1.
-    """
-
-    query: Tensor
-    out: Tensor
-    lse: Tensor
-    counts: Tensor
 
 
 class Scratch(NamedTuple):
