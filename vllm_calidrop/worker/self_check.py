@@ -190,7 +190,7 @@ class _Check:
                 operators.decode(
                     self.queries[:ROWS].to(device), outs[-1], side.cache, 0, self._rows(device), self.scale
                 )
-        self._compare(name, *outs, TOLERANCE[self.model.dtype])
+        self._compare(name, outs[0], outs[1], TOLERANCE[self.model.dtype])
         for field in ("query", "out", "lse", "counts"):
             one, other = (getattr(side.table.layers[0], field) for side in (self.mine, self.reference))
             self._compare(name, one, other, 0 if field in ("query", "counts") else TOLERANCE[self.model.dtype])
