@@ -8,7 +8,7 @@ from typing import Any
 from vllm_calidrop.algorithm.policies import POLICIES, Needs
 from vllm_calidrop.algorithm.policies.h2o import QUERY_TILE
 from vllm_calidrop.algorithm.shape import KVShape
-from vllm_calidrop.evicted.codecs import NAMES, codec_of
+from vllm_calidrop.evicted.codecs import CODECS, codec_of
 from vllm_calidrop.evicted.layout import swap_blocks_for
 from vllm_calidrop.evicted.pool import SwapPool
 from vllm_calidrop.evicted.recall.sketch import padded_dim
@@ -108,7 +108,7 @@ def prompt_key_bytes(shape: ModelShape) -> int:
 
 def densest_block(shape: ModelShape) -> int:
     """Most tokens that a swap block can hold."""
-    return max(codec_of(name, shape.head_dim, shape.dtype).tokens_per_block for name in NAMES)
+    return max(codec_of(name, shape.head_dim, shape.dtype).tokens_per_block for name in CODECS)
 
 
 def swap_block_bytes(shape: ModelShape) -> int:

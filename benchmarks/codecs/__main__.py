@@ -22,7 +22,7 @@ from benchmarks.codecs.keys import SYNTHETIC, Run, evicted_of, synthetic
 from benchmarks.codecs.reload import Reload, measure
 from benchmarks.small_model.language import TASKS, WORD_ID, make
 from vllm_calidrop.algorithm.calibration import attention_state
-from vllm_calidrop.evicted.codecs import NAMES, codec_of
+from vllm_calidrop.evicted.codecs import CODECS, codec_of
 from vllm_calidrop.ops.choice import decode_op
 from vllm_calidrop.ops.reference import decode as cpu
 
@@ -36,7 +36,7 @@ def errors(runs: Iterable[Run]) -> dict[str, dict[str, list[float]]]:
     for run in runs:
         heads, tokens, head_dim = run.keys.shape
         exact = attention_state(run.queries, run.keys, run.values, run.scale)
-        for name in NAMES[1:]:
+        for name in list(CODECS)[1:]:
             codec = codec_of(name, head_dim, run.keys.dtype)
             blocks = codec.encode(run.keys, run.values).blocks.flatten(0, 1)
             keys, values = (x.reshape(heads, -1, head_dim)[:, :tokens] for x in codec.decode(blocks))
@@ -60,7 +60,7 @@ def small_model_runs(prompts: int, length: int, steps: int) -> Iterable[Run]:
 def report(figures: dict[str, Any]) -> str:
     lines = ["| codec | bytes per token, D 128 | against bf16 | blocks hold | D 64 | reload, C++ | torch |"]
     lines.append("|---|---:|---:|---:|---:|---:|---:|")
-    for name in NAMES:
+    for name in CODECS:
         wide, small = codec_of(name, 128, torch.bfloat16), codec_of(name, 64, torch.bfloat16)
         lines.append(
             f"| `{name}` | {wide.bytes_per_token(8064):.1f} | {512 / wide.bytes_per_token(8064):.2f} x | "
@@ -72,7 +72,7 @@ def report(figures: dict[str, Any]) -> str:
         )
     runs = list(figures["errors"])
     lines += ["", "| codec | " + " | ".join(runs) + " |", "|---|" + "---:|" * len(runs)]
-    for name in NAMES[1:]:
+    for name in list(CODECS)[1:]:
         cells = [f"{figures['errors'][run][name][0]:.3f} ({figures['errors'][run][name][1]:.2f})" for run in runs]
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

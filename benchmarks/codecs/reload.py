@@ -7,7 +7,7 @@ import time
 import torch
 
 from vllm_calidrop.attention.metadata import DecodeRows
-from vllm_calidrop.evicted.codecs import NAMES, number_of
+from vllm_calidrop.evicted.codecs import CODECS, number_of
 from vllm_calidrop.evicted.pool import SwapPool
 from vllm_calidrop.ops.choice import DecodeOp
 from vllm_calidrop.ops.packed import PackedCache
@@ -66,8 +66,8 @@ class Reload:
 
 def measure(reload: Reload, op: DecodeOp, repeats: int, rounds: int) -> dict[str, float]:
     """Seconds by codec; rounds over all codecs, so that a slow minute hits them all."""
-    best = dict.fromkeys(NAMES, float("inf"))
+    best = dict.fromkeys(CODECS, float("inf"))
     for _ in range(rounds):
-        for name in NAMES:
+        for name in CODECS:
             best[name] = min(best[name], reload.seconds(op, name, repeats))
     return best

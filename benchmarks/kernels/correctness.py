@@ -22,7 +22,7 @@ from benchmarks.kernels.cases import (
 )
 from benchmarks.kernels.prompts import Prompt
 from vllm_calidrop.algorithm.calibration import Gate
-from vllm_calidrop.evicted.codecs import NAMES
+from vllm_calidrop.evicted.codecs import CODECS
 from vllm_calidrop.evicted.layout import PAGE_TOKENS, swap_blocks_for
 from vllm_calidrop.evicted.pool import SwapPool
 from vllm_calidrop.ops import triton as ops
@@ -36,7 +36,7 @@ LONG = [Row(end, start, stored, gate=gate) for end, start, stored, gate in (
 # Everybody reads, or as many as the read budget lets.
 CODED = [
     Row(300, 20, stored, theta1=2.0, codec=codec, most_reads=most)
-    for codec in NAMES[1:]
+    for codec in list(CODECS)[1:]
     for stored, most in ((8191, None), (81, 1))
 ]
 TOY_SHAPES = [Shape(head_dim=32), Shape(kv_heads=1, group=2, layout="cuda-heads", dtype=torch.float16)]

@@ -36,6 +36,8 @@ export function configure(config) {
     control.max = most ?? config.max_model_len;
   }
   if (!first) return;
+  offer("policy", config.fields.kv_policy.enum.filter((name) => name !== "full"));
+  offer("recall", config.fields.kv_recall.enum);
   const { kv_budget: budget, kv_policy: policy, kv_recall: recall, kv_theta1, kv_theta2, kv_calibration } = config.defaults;
   if (budget) byId("budget").value = budget;
   byId("budget-slider").value = byId("budget").value;
@@ -44,6 +46,11 @@ export function configure(config) {
   byId("theta1").value = kv_theta1;
   byId("theta2").value = kv_theta2;
   byId("calibration").checked = kv_calibration;
+}
+
+// The values of a setting, as the server's schema lists them.
+function offer(id, names) {
+  byId(id).replaceChildren(...names.map((name) => element("option", { value: name }, name)));
 }
 
 async function insertExample() {

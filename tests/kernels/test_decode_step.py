@@ -10,7 +10,7 @@ from triton.runtime.interpreter import interpreter_builder
 
 from benchmarks.kernels.cases import LAYER, ROWS, Row, Shape, assert_same, copy_of, make, run
 from vllm_calidrop.algorithm.calibration import Gate
-from vllm_calidrop.evicted.codecs import NAMES
+from vllm_calidrop.evicted.codecs import CODECS
 from vllm_calidrop.ops.triton import contract, make_scratch, scratch_bytes, splits_for, view_scratch
 from vllm_calidrop.ops.triton.contract import evicted_splits_for
 from vllm_calidrop.records import COUNTERS
@@ -55,7 +55,7 @@ OTHER = Shape(kv_heads=3, group=5, head_dim=80, dtype=torch.bfloat16, layout="cu
 
 
 @pytest.mark.parametrize(
-    ("codec", "shape"), [*((codec, Shape()) for codec in NAMES[1:]), ("fp8", OTHER), ("int2", OTHER)], ids=str
+    ("codec", "shape"), [*((codec, Shape()) for codec in list(CODECS)[1:]), ("fp8", OTHER), ("int2", OTHER)], ids=str
 )
 def test_codecs(shape: Shape, codec: str) -> None:
     """Everybody reads; against `Codec.decode` and the attention over that."""
@@ -68,7 +68,7 @@ def test_codecs(shape: Shape, codec: str) -> None:
 def test_mixed_codecs_and_budgets() -> None:
     rows = [
         Row(40, 5, 200, theta1=theta, theta2=0.9, gate=gate, near=2.0, codec=codec, most_reads=most)
-        for codec, most in zip(NAMES, (None, 0, 1, 2, 3, None, 1, 9, 0))
+        for codec, most in zip(CODECS, (None, 0, 1, 2, 3, None, 1, 9, 0))
         for gate, theta in ((Gate.GROUP, 2.0), (Gate.HEAD, 0.7), (Gate.GROUP_MEAN, 0.7))
     ]
     case = make(Shape(kv_heads=4, group=2, head_dim=32), rows)

@@ -7,7 +7,7 @@ import torch
 
 from tests.unit.test_native_decode import LAYER, LAYERS, Case, assert_same
 from vllm_calidrop.algorithm.calibration import Gate, cosine, decide
-from vllm_calidrop.evicted.codecs import NAMES
+from vllm_calidrop.evicted.codecs import CODECS
 from vllm_calidrop.evicted.pool import SwapPool
 from vllm_calidrop.ops import cpp as native
 from vllm_calidrop.ops.cpp import build
@@ -38,7 +38,7 @@ def decoded_case(case: Case) -> Case:
     return other
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CODECS)
 def test_one_codec(name: str) -> None:
     case = Case("vec", 32, torch.float32, 4, 64, codecs=(name, name))
     expected, expected_table = decoded_case(case).run(cpu.decode)
@@ -68,7 +68,7 @@ needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="no C+
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize(("head_dim", "dtype"), [(80, torch.float32), (128, torch.bfloat16), (32, torch.float16)])
 def test_cpp_decodes_as_torch_does(name: str, head_dim: int, dtype: torch.dtype) -> None:
     assert_same(

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from tests.reference.codecs import stored_as
 from vllm_calidrop.algorithm.calibration import attention_state
-from vllm_calidrop.evicted.codecs import CODECS, NAMES, Codec, GroupedCodec, codec_of, number_of
+from vllm_calidrop.evicted.codecs import CODECS, Codec, GroupedCodec, codec_of, number_of
 from vllm_calidrop.evicted.codecs.grouped import NOWHERE, bfloat16_above, bfloat16_below
 from vllm_calidrop.evicted.codecs.outliers import outlier_tokens
 from vllm_calidrop.evicted.layout import PAGE_TOKENS, SWAP_BLOCK_TOKENS
 
-QUANTISED = NAMES[1:]
+QUANTISED = list(CODECS)[1:]
 WITH_OUTLIERS = ("fp8", "int8", "int4", "int2")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEADS, HEAD_DIM, TOKENS = 2, 128, 900
@@ -102,7 +102,10 @@ def test_bytes_at_head_dim_128() -> None:
 
 
 @given(
-    st.sampled_from(NAMES), st.sampled_from([4, 16, 64, 80, 128, 256]), st.sampled_from(DTYPES), st.integers(1, 4000)
+    st.sampled_from(list(CODECS)),
+    st.sampled_from([4, 16, 64, 80, 128, 256]),
+    st.sampled_from(DTYPES),
+    st.integers(1, 4000),
 )
 def test_sizes_are_consistent(name: str, head_dim: int, dtype: torch.dtype, tokens: int) -> None:
     codec = codec_of(name, head_dim, dtype)
@@ -118,9 +121,9 @@ def test_sizes_are_consistent(name: str, head_dim: int, dtype: torch.dtype, toke
 
 
 def test_registry() -> None:
-    assert NAMES[0] == "none" and number_of("none") == 0
+    assert next(iter(CODECS)) == "none" and number_of("none") == 0
     assert all(codec.name == name for name, codec in CODECS.items())
-    assert {f"{name}_plain" for name in WITH_OUTLIERS} | {"none", *WITH_OUTLIERS} == set(NAMES)
+    assert {f"{name}_plain" for name in WITH_OUTLIERS} | {"none", *WITH_OUTLIERS} == set(CODECS)
 
 
 # what comes back
@@ -130,7 +133,9 @@ LENGTHS = st.one_of(st.integers(1, 40), st.integers(1, 2000))
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from(NAMES), st.sampled_from(DTYPES), LENGTHS, st.sampled_from([16, 64, 80]), st.integers(0, 99))
+@given(
+    st.sampled_from(list(CODECS)), st.sampled_from(DTYPES), LENGTHS, st.sampled_from([16, 64, 80]), st.integers(0, 99)
+)
 def test_pages_alone_are_those_of_the_whole(
     name: str, dtype: torch.dtype, tokens: int, head_dim: int, seed: int
 ) -> None:

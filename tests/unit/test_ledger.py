@@ -18,7 +18,7 @@ from vllm.v1.request import Request
 
 from vllm_calidrop.algorithm.placement import first_kept_block
 from vllm_calidrop.algorithm.policies import POLICIES
-from vllm_calidrop.evicted.codecs import NAMES
+from vllm_calidrop.evicted.codecs import CODECS
 from vllm_calidrop.evicted.layout import swap_blocks_for
 from vllm_calidrop.memory import PoolSizes
 from vllm_calidrop.records import COUNTERS, SequenceCounters, SequenceRecord
@@ -112,7 +112,7 @@ def test_what_is_stored(asked: dict[str, Any], stored: int, mode: str, reason: s
     assert {name: report[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("codec", NAMES)
+@pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("recall", ["all", "pages"])
 def test_codecs_take_their_own_number_of_blocks(codec: str, recall: str) -> None:
     """And bytes read again are encoded bytes; sketches are as large with every codec."""

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.test_memory import Engine
-from vllm_calidrop.evicted.codecs import NAMES, codec_of
+from vllm_calidrop.evicted.codecs import CODECS, codec_of
 from vllm_calidrop.memory import ModelShape, swap_block_bytes
 from vllm_calidrop.scheduler.build import size_pools
 from vllm_calidrop.settings.request import RequestSettings, SettingsError
@@ -135,7 +135,7 @@ def test_on_a_gpu_the_swap_pool_is_the_hosts() -> None:
         plan(*numbers, *load, "--set", "kv_recall=pages")
 
 
-@pytest.mark.parametrize("codec", NAMES)
+@pytest.mark.parametrize("codec", CODECS)
 def test_a_codec_takes_fewer_swap_blocks(llama: str, codec: str) -> None:
     made = plan(llama, *"--context 9000 --budget 64 --concurrency 2 --set".split(), f"kv_codec={codec}")
     per_block = codec_of(codec, 128, torch.bfloat16).tokens_per_block

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 import pickle
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from vllm_calidrop.evicted.codecs import NAMES
-from vllm_calidrop.settings.request import MAX_COUNT, Codec, RequestSettings, SettingsError, is_ours
+from vllm_calidrop.algorithm.policies import POLICIES
+from vllm_calidrop.evicted.codecs import CODECS
+from vllm_calidrop.settings.request import MAX_COUNT, RequestSettings, SettingsError, is_ours
 from vllm_calidrop.settings.server import ServerSettings, resolve_request
 
 NO_DEFAULTS = ServerSettings()
@@ -189,10 +190,22 @@ def test_frozen() -> None:
         resolve_request({}, NO_DEFAULTS).kv_budget = 3  # type: ignore[misc]
 
 
-def test_codecs_are_those_of_the_registry() -> None:
-    for name in NAMES:
+def test_names_are_those_of_the_registries() -> None:
+    for name in CODECS:
         assert resolve_request({"kv_codec": name}, NO_DEFAULTS).kv_codec == name
-    assert get_args(Codec) == NAMES
+    for name in (*POLICIES, "full"):
+        assert resolve_request({"kv_policy": name}, NO_DEFAULTS).kv_policy == name
+
+
+@pytest.mark.parametrize(("field", "registry"), [("kv_policy", POLICIES), ("kv_codec", CODECS)])
+def test_what_is_registered_later_is_known(field: str, registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingsError, match=f"{field} should be .*, got 'another'"):
+        resolve_request({field: "another"}, NO_DEFAULTS)
+    monkeypatch.setitem(registry, "another", next(iter(registry.values())))
+    assert getattr(resolve_request({field: "another"}, NO_DEFAULTS), field) == "another"
+    assert "another" in RequestSettings.model_json_schema()["properties"][field]["enum"]
+    with pytest.raises(SettingsError, match=f"{field} should be .*'another'.*, got 'third'"):
+        resolve_request({field: "third"}, NO_DEFAULTS)
 
 
 def test_read_budgets() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 from torch import Tensor
 
-from vllm_calidrop.evicted.codecs import NAMES, number_of
+from vllm_calidrop.evicted.codecs import CODECS, number_of
 from vllm_calidrop.evicted.layout import PAGE_TOKENS, SWAP_BLOCK_TOKENS, swap_blocks_for
 from vllm_calidrop.evicted.pool import SwapLedger, SwapPool
 
@@ -132,7 +132,9 @@ def test_what_is_written_is_read(lengths: list[int], random: Any, dtype: torch.d
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(NAMES), st.integers(1, 700)), min_size=2, max_size=5), st.integers(0, 99))
+@given(
+    st.lists(st.tuples(st.sampled_from(list(CODECS)), st.integers(1, 700)), min_size=2, max_size=5), st.integers(0, 99)
+)
 def test_mixed_codecs_in_one_pool(runs: list[tuple[str, int]], seed: int) -> None:
     """Runs of different codecs in scattered blocks; each is what its codec makes of it, as if it were alone."""
     generator = torch.Generator().manual_seed(seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 SWAP_BLOCK_TOKENS = 128
 PAGE_TOKENS = 16
 PAGES_PER_BLOCK = SWAP_BLOCK_TOKENS // PAGE_TOKENS
+MAX_BUFFER = 64  # places for pages in the page buffer of one KV head
 
 
 def swap_blocks_for(tokens: int) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_calidrop.evicted.codecs import NAMES, Codec, codec_of, number_of
+from vllm_calidrop.evicted.codecs import CODECS, Codec, codec_of, number_of
 from vllm_calidrop.evicted.layout import PAGE_TOKENS, PAGES_PER_BLOCK
 
 # Blocks of each KV head that are encoded, some at a time, so that copies stay small.
@@ -73,7 +73,7 @@ class SwapPool:
     """
 
     def __init__(self, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
-        self.codecs = tuple(codec_of(name, head_dim, dtype) for name in NAMES)
+        self.codecs = tuple(codec_of(name, head_dim, dtype) for name in CODECS)
         shape = (num_layers, num_blocks, num_kv_heads)
         self.memory = torch.empty((*shape, self.codecs[0].block_bytes), dtype=torch.uint8)
         self.pages = self.memory.view(dtype).view(*shape, PAGES_PER_BLOCK, 2, PAGE_TOKENS, head_dim)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from vllm_calidrop.algorithm.calibration import Gate
 from vllm_calidrop.evicted.codecs.layout import Layout
-from vllm_calidrop.evicted.layout import PAGE_TOKENS, PAGES_PER_BLOCK, SWAP_BLOCK_TOKENS
-from vllm_calidrop.evicted.recall.buffer import EMPTY, MAX_BUFFER, OLDEST
+from vllm_calidrop.evicted.layout import MAX_BUFFER, PAGE_TOKENS, PAGES_PER_BLOCK, SWAP_BLOCK_TOKENS
+from vllm_calidrop.evicted.recall.buffer import EMPTY, OLDEST
 from vllm_calidrop.evicted.recall.sketch import CHANNELS_PER_BYTE, LEVELS, WORD_BYTES
 from vllm_calidrop.ops.contract import NO_BUDGET
 from vllm_calidrop.records import COUNTERS

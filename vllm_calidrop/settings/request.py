@@ -7,7 +7,7 @@ and worker processes only read complete ones (`RequestSettings.from_record`). No
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -16,17 +16,19 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     ValidationError,
     model_validator,
 )
+from pydantic_core import CoreSchema
+from pydantic_core.core_schema import no_info_plain_validator_function
 
-from vllm_calidrop.evicted.recall.buffer import MAX_BUFFER
+from vllm_calidrop.evicted.layout import MAX_BUFFER
 
-Policy = Literal["snapkv", "h2o", "streaming_llm", "full"]
 Gate = Literal["group", "head", "group_mean"]
 OnFull = Literal["full", "evict", "wait", "reject"]
 Recall = Literal["all", "pages"]
-Codec = Literal["none", "fp8", "int8", "int4", "int2", "fp8_plain", "int8_plain", "int4_plain", "int2_plain"]
 
 DEFAULT_WINDOW = 32
 DEFAULT_SINKS = 32
@@ -96,6 +98,41 @@ def _number(value: Any) -> Any:
     return value
 
 
+class OneOf:
+    """Marks a string that must be among `names()`: asked at every validation, because a plugin may register more."""
+
+    def __init__(self, names: Callable[[], list[str]]) -> None:
+        self._names = names
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_plain_validator_function(self._checked)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"enum": self._names(), "type": "string"}
+
+    def _checked(self, value: Any) -> Any:
+        names = self._names()
+        if not isinstance(value, str) or value not in names:
+            *others, last = map(repr, names)
+            raise ValueError(f"should be {', '.join(others)} or {last}")
+        return value
+
+
+# The registries are imported when a name is asked for: they need torch, which installing the hooks must not import.
+def _policies() -> list[str]:
+    from vllm_calidrop.algorithm.policies import POLICIES
+
+    return [*POLICIES, "full"]
+
+
+def _codecs() -> list[str]:
+    from vllm_calidrop.evicted.codecs import CODECS
+
+    return list(CODECS)
+
+
+PolicyName = Annotated[str, OneOf(_policies)]
+CodecName = Annotated[str, OneOf(_codecs)]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 PositiveCount = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Threshold = Annotated[float, Field(ge=-2.0, le=2.0), BeforeValidator(_number)]
@@ -112,7 +149,7 @@ class RequestSettings(BaseModel):
         default=None,
         description="Prompt tokens kept per KV head; null keeps all (plain vLLM). A shorter prompt is untouched.",
     )
-    kv_policy: Policy = Field(default="snapkv", description="Which prompt tokens stay; full: all of them.")
+    kv_policy: PolicyName = Field(default="snapkv", description="Which prompt tokens stay; full: all of them.")
     kv_theta1: Threshold = Field(
         default=0.7,
         description="Below this cosine similarity of queries the evicted KV is read again (2: every step, -2: never). "
@@ -140,7 +177,7 @@ class RequestSettings(BaseModel):
         description="When the host pool is full: keep full KV (full), evict without calibration (evict), queue until "
         "there is room (wait), or answer 503 with Retry-After (reject).",
     )
-    kv_codec: Codec = Field(
+    kv_codec: CodecName = Field(
         default="none",
         description="How evicted KV lies in host memory: as it is (none), or in 8, 4 or 2 bits with exact outlier "
         "tokens; _plain: without those.",

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from vllm_calidrop.evicted.codecs import number_of
 from vllm_calidrop.evicted.codecs.layout import Layout, layout_table, layouts
-from vllm_calidrop.evicted.layout import swap_blocks_for
-from vllm_calidrop.evicted.recall.buffer import MAX_BUFFER
+from vllm_calidrop.evicted.layout import MAX_BUFFER, swap_blocks_for
 from vllm_calidrop.ops.contract import NO_BUDGET, Recall, Sequences
 from vllm_calidrop.records import SequenceRecord
 from vllm_calidrop.worker.upload import upload

@@ -12,11 +12,21 @@ from vllm_calidrop.evicted.codecs.grouped import GroupedCodec
 from vllm_calidrop.evicted.codecs.integer import Int2, Int2Plain, Int4, Int4Plain, Int8, Int8Plain
 from vllm_calidrop.evicted.codecs.none import NoCodec
 
-# The order is the codecs' number in the workers' tables and in the native operators; `none` is 0.
+# The order is the codecs' number in the workers' tables and in the operators; `none` is 0.
 CODECS: dict[str, type[Codec]] = {
-    codec.name: codec for codec in (NoCodec, Fp8, Int8, Int4, Int2, Fp8Plain, Int8Plain, Int4Plain, Int2Plain)
+    codec.name: codec
+    for codec in (
+        NoCodec,
+        Fp8,
+        Int8,
+        Int4,
+        Int2,
+        Fp8Plain,
+        Int8Plain,
+        Int4Plain,
+        Int2Plain,
+    )
 }
-NAMES = tuple(CODECS)
 
 
 @cache
@@ -26,7 +36,7 @@ def codec_of(name: str, head_dim: int, dtype: torch.dtype) -> Codec:
 
 
 def number_of(name: str) -> int:
-    return NAMES.index(name)
+    return list(CODECS).index(name)
 
 
-__all__ = ["CODECS", "NAMES", "Codec", "Encoded", "GroupedCodec", "NoCodec", "codec_of", "number_of"]
+__all__ = ["CODECS", "Codec", "Encoded", "GroupedCodec", "NoCodec", "codec_of", "number_of"]

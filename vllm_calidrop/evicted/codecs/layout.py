@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_calidrop.evicted.codecs import NAMES, codec_of
+from vllm_calidrop.evicted.codecs import CODECS, codec_of
 from vllm_calidrop.evicted.codecs.fp8 import Fp8
 from vllm_calidrop.evicted.codecs.grouped import GroupedCodec
 
@@ -38,7 +38,7 @@ class Layout(NamedTuple):
 @cache
 def layouts(head_dim: int, dtype: torch.dtype) -> tuple[Layout, ...]:
     """By the codecs' numbers."""
-    return tuple(_layout(name, head_dim, dtype) for name in NAMES)
+    return tuple(_layout(name, head_dim, dtype) for name in CODECS)
 
 
 def layout_table(head_dim: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:

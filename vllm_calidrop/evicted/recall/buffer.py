@@ -9,7 +9,6 @@ from torch import Tensor
 
 EMPTY = -1
 OLDEST = 2**30
-MAX_BUFFER = 64  # places of one KV head
 
 
 class Renewal(NamedTuple):
