@@ -68,6 +68,7 @@ def refuse_platform() -> None:
 
 def refuse_settings(settings: RequestSettings) -> None:
     """Raise SettingsError, naming the field, for a request whose settings this process's operators do not serve."""
+    from vllm_calidrop.evicted.codecs import has_kernel_layout
     from vllm_calidrop.ops.registry import wanted_set
     from vllm_calidrop.settings.request import SettingsError
 
@@ -80,6 +81,12 @@ def refuse_settings(settings: RequestSettings) -> None:
             raise SettingsError(
                 f"{name} ({value}) is not supported by the {operators.name} operators", name, value=value
             )
+    if not operators.decodes_first and not has_kernel_layout(settings.kv_codec):
+        raise SettingsError(
+            f"kv_codec ({settings.kv_codec}) has no layout that the {operators.name} operators could read",
+            "kv_codec",
+            value=settings.kv_codec,
+        )
 
 
 def refuse_scheduler(scheduler: type) -> None:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from vllm_calidrop.algorithm.calibration import AttentionState, Gate, attention_state, cosine, decide, merge_states
-from vllm_calidrop.evicted.codecs import codec_of, number_of
-from vllm_calidrop.evicted.codecs.layout import layout_table
+from vllm_calidrop.evicted.codecs import codec_of, layout_table, number_of
 from vllm_calidrop.evicted.pool import SwapPool
 from vllm_calidrop.ops.gpu import DecodeStep
 from vllm_calidrop.ops.triton import (

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from vllm_calidrop.evicted.codecs.layout import layout_table
+from vllm_calidrop.evicted.codecs import layout_table
 from vllm_calidrop.evicted.layout import PAGE_TOKENS, PAGES_PER_BLOCK
 from vllm_calidrop.ops import triton as ops
 from vllm_calidrop.records import COUNTERS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -12,8 +13,18 @@ from torch import Tensor
 
 from tests.reference.codecs import stored_as
 from vllm_calidrop.algorithm.calibration import attention_state
-from vllm_calidrop.evicted.codecs import CODECS, Codec, GroupedCodec, codec_of, number_of
+from vllm_calidrop.evicted.codecs import (
+    CODECS,
+    Codec,
+    GroupedCodec,
+    Layout,
+    NoCodec,
+    codec_of,
+    has_kernel_layout,
+    number_of,
+)
 from vllm_calidrop.evicted.codecs.grouped import NOWHERE, bfloat16_above, bfloat16_below
+from vllm_calidrop.evicted.codecs.integer import Int8
 from vllm_calidrop.evicted.codecs.outliers import outlier_tokens
 from vllm_calidrop.evicted.layout import PAGE_TOKENS, SWAP_BLOCK_TOKENS
 
@@ -280,3 +291,60 @@ def test_bfloat16_rounded_outwards(numbers: list[float]) -> None:
     below, above = bfloat16_below(x).float(), bfloat16_above(x).float()
     assert (below <= x).all() and (x <= above).all()
     assert ((above - below) <= x.abs() * 2**-7 + 1e-38).all()
+
+
+# the contract
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_layouts_of_every_codec_are_right(name: str) -> None:
+    for head_dim, dtype in itertools.product((8, 64, 80, 128, 256), DTYPES):
+        codec_of(name, head_dim, dtype).check()
+    assert has_kernel_layout(name)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (dict.fromkeys(Layout._fields, 0), "no page in a block"),
+        ({"pages_per_group": 0}, "pages_per_group 0"),
+        ({"pages_per_range": 2}, "ranges of 2 pages"),
+        ({"page_bytes": 0}, "page_bytes"),
+        ({"bits": 3}, "bits"),
+        ({"outliers": 4}, "outliers must be at most 3"),
+        ({"head_bytes": 0}, "head_bytes"),
+        ({"group_bytes": 16}, "group_bytes"),
+        ({"pages_per_block": 70}, "pages_per_block 70, but a block holds 464 tokens"),
+        ({"range_bytes": -1}, "negative"),
+        (Layout.uncoded(19)._asdict(), "19 pages as they are take"),
+    ],
+)
+def test_a_wrong_layout_is_refused_when_the_codec_is_built(wrong: dict[str, int], said: str) -> None:
+    """It would be divided by, or read beyond a block."""
+
+    class Wrong(Int8):
+        name = "wrong"
+
+        def kernel_layout(self) -> Layout:
+            return super().kernel_layout()._replace(**wrong)
+
+    with pytest.raises(ValueError, match=f"the codec wrong .*{said}"):
+        Wrong(128, torch.float32).check()
+    CODECS["wrong"] = Wrong
+    try:
+        with pytest.raises(ValueError, match="the codec wrong"):
+            codec_of("wrong", 128, torch.float32)
+    finally:
+        del CODECS["wrong"]
+
+
+def test_a_codec_whose_blocks_hold_too_little_is_refused() -> None:
+    class Wasteful(NoCodec):
+        name = "wasteful"
+
+        @property
+        def tokens_per_block(self) -> int:
+            return 112
+
+    with pytest.raises(ValueError, match=r"the codec wasteful .*tokens_per_block 112"):
+        Wasteful(64, torch.float16).check()

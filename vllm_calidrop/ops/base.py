@@ -56,11 +56,13 @@ class OperatorSet(ABC):
     is what `cache_of` returned for the layer. Positions and indices are int64 and ascending within a KV head.
 
     VALUES: for settings of which this set serves some values only, those values; a setting not named is served whole.
+    decodes_first: whether it serves codecs without a kernel layout (`Codec.kernel_layout`).
     in_graphs: whether `decode` may be captured in a full CUDA graph.
     """
 
     name: ClassVar[str]
     VALUES: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    decodes_first: ClassVar[bool] = True
     in_graphs: ClassVar[bool] = False
 
     def __init__(self, tables: Tables, model: ModelKV, max_rows: int) -> None:
@@ -111,6 +113,8 @@ class OperatorSet(ABC):
         Returns bool [H]: the KV heads whose KV the codec refuses (`Encoded.refused`).
         """
         encoded = codec.encode(*self.take(cache, blocks, positions))
+        if encoded.blocks.transpose(0, 1).shape != out.shape:
+            raise ValueError(f"the codec {codec.name} gave {tuple(encoded.blocks.shape)} for {tuple(positions.shape)}")
         out.copy_(encoded.blocks.transpose(0, 1))
         return encoded.refused
 

@@ -48,7 +48,7 @@ class Sequences(NamedTuple):
     swap_blocks: int32 [S, W], stride(1) == 1; entries beyond the blocks of the stored tokens are never read.
     codec: int32 [S], numbers of codecs. most_reads: int32 [S], KV heads (with recall: pages) that a layer may read in a
         step, those of lowest similarity first, ties to the lower head; NO_BUDGET: all.
-    layouts: int32 [codecs, fields], `evicted/codecs/layout.py::layout_table`; not by slot.
+    layouts: int32 [codecs, fields], `evicted/codecs/__init__.py::layout_table`; not by slot.
 
     Slots of different rows of a step are distinct.
     """

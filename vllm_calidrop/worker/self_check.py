@@ -118,6 +118,8 @@ class _Check:
         names = self.mine.operators.VALUES.get("kv_codec")
         stored = self.evicted.shape[1]
         found = [codec for codec in self.worker.pool.codecs if names is None or codec.name in names]
+        if not self.mine.operators.decodes_first:
+            found = [codec for codec in found if codec.kernel_layout() is not None]
         return [codec for codec in found if stored and codec.blocks_for(stored) <= self.worker.pool.pages.shape[1]]
 
     def observe(self) -> None:

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_calidrop.evicted.codecs import number_of
-from vllm_calidrop.evicted.codecs.layout import Layout, layout_table, layouts
+from vllm_calidrop.evicted.codecs import CODECS, Layout, layout_table, number_of
 from vllm_calidrop.evicted.layout import MAX_BUFFER, swap_blocks_for
 from vllm_calidrop.ops.contract import NO_BUDGET, Recall, Sequences
 from vllm_calidrop.records import SequenceRecord
@@ -63,7 +62,7 @@ class SlotTables:
     @staticmethod
     def num_bytes(num_slots: int, max_model_len: int) -> int:
         """Bytes of the tables beside the KV cache."""
-        layout_bytes = 4 * len(Layout._fields) * len(layouts(64, torch.float32))
+        layout_bytes = 4 * len(Layout._fields) * len(CODECS)
         per_slot = len(_INTEGERS) + len(_FLOATS) + 2 * swap_blocks_for(max_model_len) + MAX_BUFFER
         return num_slots * 4 * per_slot + layout_bytes
 

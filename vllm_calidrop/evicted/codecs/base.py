@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from vllm_calidrop.evicted.codecs.layout import Layout
 from vllm_calidrop.evicted.layout import PAGE_TOKENS, SWAP_BLOCK_TOKENS, pages_for
 
 # Magnitudes from here on are refused like inf and NaN: their ranges and products would not be finite in float32.
@@ -45,7 +46,7 @@ class Codec(ABC):
     @property
     @abstractmethod
     def tokens_per_block(self) -> int:
-        """Tokens of one KV head that a block holds; a multiple of PAGE_TOKENS."""
+        """Tokens of one KV head that a block holds; a multiple of PAGE_TOKENS, and at least SWAP_BLOCK_TOKENS."""
 
     @property
     @abstractmethod
@@ -70,6 +71,27 @@ class Codec(ABC):
 
         memory: uint8 [B], with blocks that begin at first_bytes int64 [X]; pages: int64 [X], the page inside its block.
         """
+
+    def kernel_layout(self) -> Layout | None:
+        """The layout by which kernels read the blocks themselves; None if `decode` must do it first.
+
+        It is None for every head_dim and dtype, or for none. Operator sets without a way to decode first refuse a codec
+        that has no layout.
+        """
+        return None
+
+    def check(self) -> None:
+        """ValueError, with the codec's name, where its sizes or its layout cannot be right."""
+        faults = []
+        tokens, layout = self.tokens_per_block, self.kernel_layout()
+        if tokens < SWAP_BLOCK_TOKENS or tokens % PAGE_TOKENS:
+            faults.append(f"tokens_per_block {tokens}: not a multiple of {PAGE_TOKENS} from {SWAP_BLOCK_TOKENS} on")
+        if layout is not None:
+            faults += layout.faults(self.head_dim, self.dtype.itemsize, self.block_bytes)
+            if layout.pages_per_block != self.pages_per_block:
+                faults.append(f"pages_per_block {layout.pages_per_block}, but a block holds {tokens} tokens")
+        if faults:
+            raise ValueError(f"the codec {self.name} (head_dim {self.head_dim}, {self.dtype}): {'; '.join(faults)}")
 
     @property
     def pages_per_block(self) -> int:

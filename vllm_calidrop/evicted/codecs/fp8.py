@@ -15,6 +15,7 @@ class Fp8(GroupedCodec):
 
     name = "fp8"
     bits, group_tokens, outliers = 8, 80, 1
+    is_float = True
 
     def quantise(self, x: Tensor, dim: int, valid: Tensor) -> Quantised:
         low = torch.where(valid, x, torch.inf).amin(dim, keepdim=True)

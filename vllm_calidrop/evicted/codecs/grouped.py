@@ -33,11 +33,11 @@ import torch
 from torch import Tensor
 
 from vllm_calidrop.evicted.codecs.base import LARGEST, Codec, Encoded, gather_runs
+from vllm_calidrop.evicted.codecs.layout import ALIGNMENT, Layout
 from vllm_calidrop.evicted.codecs.outliers import outlier_tokens
 from vllm_calidrop.evicted.layout import PAGE_TOKENS
 
 NOWHERE = 255
-ALIGNMENT = 16
 # Of a byte-sized scale: bits of a float32's mantissa that it leaves out, and exponents from its range's on.
 SCALE_SHIFT, SCALE_EXPONENTS = 19, 16
 # A byte-sized gain of b is (b + GAIN_START) / GAIN_UNITS.
@@ -56,10 +56,14 @@ class Quantised(NamedTuple):
 
 
 class GroupedCodec(Codec):
-    """A number format of `bits` bits in this layout. outliers: outlier tokens of a group, 0 for none. ranges: of a
-    group; fine: whether scales of keys are a byte, and each key has a gain."""
+    """A number format of `bits` bits in this layout.
+
+    is_float: whether codes are e4m3 numbers. fine: whether scales of keys are a byte, and each key has a gain. ranges,
+    outliers: of a group; 0 outliers for none.
+    """
 
     bits: ClassVar[int]
+    is_float: ClassVar[bool] = False
     fine: ClassVar[bool] = False
     group_tokens: ClassVar[int]
     ranges: ClassVar[int] = 1
@@ -131,6 +135,9 @@ class GroupedCodec(Codec):
         blocks, rest = divmod(tokens, self.tokens_per_block)
         groups = blocks * self.groups_per_block + -(-rest // self.group_tokens)
         return groups * self.head_bytes + self.page_count(tokens) * self.page_bytes
+
+    def kernel_layout(self) -> Layout:
+        return Layout(**{field: int(getattr(self, field)) for field in Layout._fields})
 
     # --- encoding ----------------------------------------------------------------------------------------------------
 

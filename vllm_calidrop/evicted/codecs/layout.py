@@ -1,24 +1,22 @@
-"""The layouts of all codecs as plain numbers: what an operator that reads codes itself has to know.
+"""A codec's layout as plain numbers: what an operator that reads codes itself has to know.
 
-The bytes they describe are `grouped.py`'s. Read by the C++ operators (ops/native/codecs.py) and the Triton kernels
-(ops/triton/encoded.py).
+The bytes they describe are `grouped.py`'s. C++ operators and Triton kernels read them from a table (`layout_table` in
+`codecs/__init__.py`) and divide by them, so a wrong layout is refused when its codec is built.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
+from vllm_calidrop.evicted.layout import PAGE_TOKENS
 
-from vllm_calidrop.evicted.codecs import CODECS, codec_of
-from vllm_calidrop.evicted.codecs.fp8 import Fp8
-from vllm_calidrop.evicted.codecs.grouped import GroupedCodec
+ALIGNMENT = 16
+# Outlier tokens of a group, in any codec: kernels loop over so many.
+MAX_OUTLIERS = 3
 
 
 class Layout(NamedTuple):
-    """Of one codec; all but pages_per_block are 0 for `none`. Sizes in bytes; is_float, fine: 0 or 1."""
+    """Of one codec. Sizes in bytes; is_float, fine: 0 or 1."""
 
     bits: int
     is_float: int
@@ -34,26 +32,36 @@ class Layout(NamedTuple):
     page_bytes: int
     code_bytes: int
 
+    @classmethod
+    def uncoded(cls, pages_per_block: int) -> Layout:
+        """Of codec `none`, whose pages are read as they are: the other numbers are 0."""
+        return cls(**dict.fromkeys(cls._fields, 0) | {"pages_per_block": pages_per_block})
 
-@cache
-def layouts(head_dim: int, dtype: torch.dtype) -> tuple[Layout, ...]:
-    """By the codecs' numbers."""
-    return tuple(_layout(name, head_dim, dtype) for name in CODECS)
-
-
-def layout_table(head_dim: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """int32 [codecs, fields of a layout]."""
-    return torch.tensor(layouts(head_dim, dtype), dtype=torch.int32, device=device)
-
-
-def most_outliers() -> int:
-    """Outlier tokens of a group, in the codec that has the most."""
-    return max(layout.outliers for layout in layouts(64, torch.float32))
-
-
-def _layout(name: str, head_dim: int, dtype: torch.dtype) -> Layout:
-    codec = codec_of(name, head_dim, dtype)
-    if not isinstance(codec, GroupedCodec):
-        return Layout(**(dict.fromkeys(Layout._fields, 0) | {"pages_per_block": codec.pages_per_block}))
-    numbers = {field: getattr(codec, field) for field in Layout._fields if field != "is_float"}
-    return Layout(is_float=int(isinstance(codec, Fp8)), **numbers)
+    def faults(self, head_dim: int, element_bytes: int, block_bytes: int) -> list[str]:
+        """What is wrong with it, for a cache of this head_dim and element size and for blocks of so many bytes."""
+        if min(self) < 0 or self.pages_per_block < 1:
+            return [f"negative numbers, or no page in a block: {self}"]
+        if self == self.uncoded(self.pages_per_block):
+            pages = self.pages_per_block * PAGE_TOKENS * 2 * head_dim * element_bytes
+            return [] if pages == block_bytes else [f"{self.pages_per_block} pages as they are take {pages} bytes"]
+        if self.pages_per_range < 1 or self.pages_per_group < 1 or self.pages_per_group % self.pages_per_range:
+            return [f"pages_per_group {self.pages_per_group} are not ranges of {self.pages_per_range} pages"]
+        ranges = self.pages_per_group // self.pages_per_range
+        groups, rest = divmod(self.pages_per_block, self.pages_per_group)
+        used = groups * self.group_bytes + (self.head_bytes + rest * self.page_bytes if rest else 0)
+        head = ranges * self.range_bytes + self.position_bytes + self.outliers * 2 * head_dim * element_bytes
+        holds = {
+            "bits must be 2, 4 or 8, and 8 of a float": self.bits in ((8,) if self.is_float else (2, 4, 8)),
+            "is_float and fine must be 0 or 1": max(self.is_float, self.fine) <= 1,
+            f"outliers must be at most {MAX_OUTLIERS}": self.outliers <= MAX_OUTLIERS,
+            "code_bytes must hold one token's codes": self.code_bytes == -(-head_dim * self.bits // 8),
+            "page_bytes must hold a page": self.page_bytes == PAGE_TOKENS * (2 * self.code_bytes + 4 + self.fine),
+            "range_bytes must hold offsets and scales": self.range_bytes == (3 if self.fine else 4) * head_dim,
+            "position_bytes must hold them": self.position_bytes >= self.outliers + ranges * self.fine,
+            f"head_bytes must hold {head}, in {ALIGNMENT}s": self.head_bytes >= head
+            and self.head_bytes % ALIGNMENT == 0,
+            "group_bytes must be a head and its pages": self.group_bytes
+            == self.head_bytes + self.pages_per_group * self.page_bytes,
+            f"its pages take {used} bytes of {block_bytes}": used <= block_bytes,
+        }
+        return [what for what, is_so in holds.items() if not is_so]

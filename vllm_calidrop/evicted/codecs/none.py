@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vllm_calidrop.evicted.codecs.base import Codec, Encoded
+from vllm_calidrop.evicted.codecs.layout import Layout
 from vllm_calidrop.evicted.layout import PAGE_TOKENS, PAGES_PER_BLOCK, SWAP_BLOCK_TOKENS
 
 
@@ -36,6 +37,9 @@ class NoCodec(Codec):
                 blocks[:, pages, half, :rest] = x[:, tokens - rest :]
         refused = torch.zeros(heads, dtype=torch.bool, device=keys.device)
         return Encoded(blocks.view(torch.uint8).view(heads, count, self.block_bytes), refused)
+
+    def kernel_layout(self) -> Layout:
+        return Layout.uncoded(self.pages_per_block)
 
     def decode(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         pages = blocks.view(self.dtype).view(len(blocks), -1, 2, PAGE_TOKENS, self.head_dim)

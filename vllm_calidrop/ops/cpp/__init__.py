@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_calidrop.evicted.codecs.layout import layouts
+from vllm_calidrop.evicted.codecs import layouts
 from vllm_calidrop.ops.base import ModelKV, OperatorSet, Tables
 from vllm_calidrop.ops.contract import NO_BUDGET, Rows
 from vllm_calidrop.ops.cpp import build, library
@@ -37,7 +37,7 @@ class CppSet(OperatorSet):
         self._shared = library.shared_arguments(tables, model, found)
         self._layers = [library.layer_arguments(tables, layer) for layer in range(len(tables.states))]
         known = layouts(model.head_dim, model.dtype)
-        self._decoded_first = torch.tensor([number > 0 and layout.bits == 0 for number, layout in enumerate(known)])
+        self._decoded_first = torch.tensor([layout is None for layout in known])
 
     @classmethod
     def refusal(cls, model: ModelKV) -> str | None:

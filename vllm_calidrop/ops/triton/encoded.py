@@ -22,7 +22,7 @@ from vllm_calidrop.ops.triton.scratch import Scratch
 from vllm_calidrop.ops.triton.tiles import encoded_tiles_for, power_of_two
 
 PAGE_TOKENS: tl.constexpr = tl.constexpr(tokens.PAGE_TOKENS)
-OUTLIERS: tl.constexpr = tl.constexpr(layout.most_outliers())
+OUTLIERS: tl.constexpr = tl.constexpr(layout.MAX_OUTLIERS)
 FIELDS: tl.constexpr = tl.constexpr(len(layout.Layout._fields))
 SCALE_SHIFT: tl.constexpr = tl.constexpr(grouped.SCALE_SHIFT)
 GAIN_START: tl.constexpr = tl.constexpr(grouped.GAIN_START)

@@ -24,6 +24,7 @@ class TritonSet(OperatorSet):
 
     name = "triton"
     VALUES: ClassVar[Mapping[str, tuple[Any, ...]]] = {"kv_recall": ("all",)}
+    decodes_first = False
     in_graphs = True
 
     def __init__(self, tables: Tables, model: ModelKV, max_rows: int) -> None:
