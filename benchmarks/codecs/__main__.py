@@ -23,8 +23,8 @@ from benchmarks.codecs.reload import Reload, measure
 from benchmarks.small_model.language import TASKS, WORD_ID, make
 from vllm_calidrop.algorithm.calibration import attention_state
 from vllm_calidrop.evicted.codecs import CODECS, codec_of
-from vllm_calidrop.ops.choice import decode_op
-from vllm_calidrop.ops.reference import decode as cpu
+from vllm_calidrop.ops.cpp import CppSet
+from vllm_calidrop.ops.reference import ReferenceSet
 
 MODEL = "benchmarks/small_model/smooth"
 SEED = 20_000
@@ -36,7 +36,7 @@ def errors(runs: Iterable[Run]) -> dict[str, dict[str, list[float]]]:
     for run in runs:
         heads, tokens, head_dim = run.keys.shape
         exact = attention_state(run.queries, run.keys, run.values, run.scale)
-        for name in list(CODECS)[1:]:
+        for name in CODECS[1:]:
             codec = codec_of(name, head_dim, run.keys.dtype)
             blocks = codec.encode(run.keys, run.values).blocks.flatten(0, 1)
             keys, values = (x.reshape(heads, -1, head_dim)[:, :tokens] for x in codec.decode(blocks))
@@ -72,7 +72,7 @@ def report(figures: dict[str, Any]) -> str:
         )
     runs = list(figures["errors"])
     lines += ["", "| codec | " + " | ".join(runs) + " |", "|---|" + "---:|" * len(runs)]
-    for name in list(CODECS)[1:]:
+    for name in CODECS[1:]:
         cells = [f"{figures['errors'][run][name][0]:.3f} ({figures['errors'][run][name][1]:.2f})" for run in runs]
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -94,8 +94,8 @@ def main() -> None:
         "original_bytes": reload.original_bytes,
         "errors": errors(runs),
         "reload": {
-            "cpp": measure(reload, decode_op(), given.repeats, given.rounds),
-            "torch": measure(reload, cpu.decode, 1, 1),
+            "cpp": measure(reload, CppSet, given.repeats, given.rounds),
+            "torch": measure(reload, ReferenceSet, 1, 1),
         },
     }
     text = report(figures)

@@ -16,20 +16,15 @@ from torch import Tensor
 from vllm_calidrop.algorithm.calibration import AttentionState, Gate, attention_state, cosine, decide, merge_states
 from vllm_calidrop.evicted.codecs import codec_of, layout_table, number_of
 from vllm_calidrop.evicted.pool import SwapPool
-from vllm_calidrop.ops.gpu import DecodeStep
-from vllm_calidrop.ops.triton import (
-    NO_BUDGET,
-    KVCache,
-    Rows,
-    Scratch,
-    Sequences,
-    State,
-    decode_step,
-)
+from vllm_calidrop.ops.contract import NO_BUDGET, KVCache, Rows, Sequences, State
+from vllm_calidrop.ops.state import count_decision, store_state
+from vllm_calidrop.ops.triton import Scratch, decode_step
 from vllm_calidrop.records import COUNTERS
 from vllm_calidrop.worker.state_table import StateTable
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], AttentionState]
+# A decode step with the arguments of `ops/triton/step.py::decode_step`.
+DecodeStep = Callable[..., None]
 LAYERS, LAYER = 2, 1
 STRANGE = 999_999  # a block that does not exist: reading it is an error, or garbage
 
@@ -112,7 +107,7 @@ class Case:
         return self
 
     def state(self, table: StateTable) -> State:
-        return State(table.query[LAYER], table.out[LAYER], table.lse[LAYER], table.counts[:, LAYER])
+        return table.layers[LAYER]
 
 
 def make(shape: Shape, given: list[Row], seed: int = 0) -> Case:
@@ -159,13 +154,13 @@ def make(shape: Shape, given: list[Row], seed: int = 0) -> Case:
         codec[slot] = number_of(row.codec)
         most[slot] = NO_BUDGET if row.most_reads is None else row.most_reads
         if row.stored:
-            ids = torch.tensor([next(swap_free) for _ in range(widths[index])])
-            swap[slot, : len(ids)] = ids
+            ids = tuple(next(swap_free) for _ in range(widths[index]))
+            swap[slot, : len(ids)] = torch.tensor(ids)
             keys, values = torch.randn((2, kv_heads, row.stored, head_dim)).to(dtype)
             pool.write(LAYER, ids, keys, values, row.codec)
             new = query[token].view(kv_heads, group, head_dim).float()
             old = (new + torch.randn_like(new) * torch.rand((kv_heads, group, 1)) * row.near).to(dtype)
-            states.put(LAYER, slot, old, attention_state(old, keys, values, scale))
+            store_state(states.layers[LAYER], slot, old, attention_state(old, keys, values, scale))
     rows = Rows(slots, tokens, torch.tensor([row.end for row in given], dtype=torch.int32), table)
     sequences = Sequences(start, stored, theta1, theta2, gate, swap, codec, most, layout_table(head_dim, dtype))
     return Case(shape, query, cache, pool, rows, sequences, states, kept, scale)
@@ -180,10 +175,9 @@ def moved_to(value: Any, device: torch.device) -> Any:
 
 
 def copy_of(table: StateTable, device: torch.device | str = "cpu") -> StateTable:
-    copy = StateTable.__new__(StateTable)
-    copy.similarity = table.similarity.clone()
+    copy = StateTable(*table.query.shape, table.query.dtype, torch.device(device))
     for name in ("query", "out", "lse", "counts"):
-        setattr(copy, name, getattr(table, name).to(device, copy=True))
+        getattr(copy, name).copy_(getattr(table, name))
     return copy
 
 
@@ -247,7 +241,7 @@ def _calibrated(
     rho = cosine(query, table.query[LAYER, slot])[None]
     thetas = (sequences.theta1[slots], sequences.theta2[slots])
     decision = decide(rho, *thetas, sequences.gate[slots], sequences.most_reads[slots])
-    table.count(LAYER, slots, decision)
+    count_decision(table.layers[LAYER], slots, decision)
     recompute, merge = decision.recompute[0], decision.merge[0]
     codec = int(sequences.codec[slot])
     ids = sequences.swap_blocks[slot, : case.pool.codecs[codec].blocks_for(stored)].long()

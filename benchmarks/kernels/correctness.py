@@ -26,6 +26,7 @@ from vllm_calidrop.evicted.codecs import CODECS
 from vllm_calidrop.evicted.layout import PAGE_TOKENS, swap_blocks_for
 from vllm_calidrop.evicted.pool import SwapPool
 from vllm_calidrop.ops import triton as ops
+from vllm_calidrop.ops.base import ModelKV
 from vllm_calidrop.worker.state_table import StateTable
 
 # Weights are rounded to the cache's dtype before they meet the values.
@@ -90,7 +91,8 @@ def check_xformers(shape: Shape, device: torch.device, toy: bool) -> None:
     tolerance = TOLERANCE[shape.dtype]
     for rows in [ROWS[:4]] if toy else [ROWS, LONG]:
         case = make(shape, rows).finite()
-        if toy or xformers.refusal(shape.dtype, shape.head_dim, case.cache) is None:
+        model = ModelKV(shape.dtype, shape.kv_heads, shape.group, shape.head_dim, shape.block_size, isa=None)
+        if toy or (xformers.XformersSet.refusal(model) is None and xformers.can_read(case.cache)):
             found = run(case.to(device), 2 if toy else 8, xformers.decode_step)
             assert_same(case, found, tolerance, tolerance, attend_in_float64)
 
@@ -121,9 +123,9 @@ def check_compaction(shape: Shape, device: torch.device, toy: bool) -> None:
     expected = SwapPool(1, width, shape.kv_heads, shape.head_dim, shape.dtype)
     index = evicted.unsqueeze(-1).expand(-1, -1, shape.head_dim)
     keys, values = prompt.keys.gather(1, index), prompt.values.gather(1, index)
-    expected.write(0, torch.arange(width), keys, values)
-    table = StateTable(LAYER + 1, 2, shape.kv_heads, shape.group, shape.head_dim, shape.dtype)
-    state = ops.State(*(part[LAYER].to(device) for part in (table.query, table.out, table.lse)), table.counts[:, LAYER])
+    expected.write(0, tuple(range(width)), keys, values)
+    heads = (shape.kv_heads, shape.group, shape.head_dim)
+    state = StateTable(LAYER + 1, 2, *heads, shape.dtype, device).layers[LAYER]
 
     cache, blocks = moved_to(prompt.cache, device), prompt.blocks.to(device)
     pages = torch.zeros_like(expected.pages[0], device=device)

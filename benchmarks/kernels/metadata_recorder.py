@@ -14,16 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vllm_calidrop.attention.cuda_metadata import CaliDropCudaMetadataBuilder
+from vllm_calidrop.attention.cuda import CaliDropCudaMetadataBuilder
 from vllm_calidrop.records import SequenceRecord, StepRecords
-from vllm_calidrop.worker.cuda_worker import CaliDropCudaWorker
-from vllm_calidrop.worker.worker import active_worker
+from vllm_calidrop.worker.worker import CaliDropWorker, active_worker
 
 
 class MetadataRecorder:
     """Records every step of the engine in this process that has a sequence of ours."""
 
-    def __init__(self, worker: CaliDropCudaWorker) -> None:
+    def __init__(self, worker: CaliDropWorker) -> None:
         self._worker = worker
         self._records: StepRecords | None = None
         self._seen: dict[str, str] = {}
@@ -46,7 +45,7 @@ class MetadataRecorder:
 
     def save(self, path: Path, **about: Any) -> None:
         about["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        about |= {"runner": type(self._worker.runner).__module__, "max_rows": self._worker.max_rows}
+        about |= {"runner": type(self._worker.runner).__module__, "max_rows": self._worker.step.table.shape[1]}
         about["block_size"] = self._block_size
         lines = ",\n".join(json.dumps(step) for step in self.steps)
         path.write_text(f'{{"about": {json.dumps(about)},\n"steps": [\n{lines}\n]}}\n')

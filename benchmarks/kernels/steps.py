@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels import workload
+from benchmarks.kernels.cases import DecodeStep
 from benchmarks.kernels.device import seconds
 from benchmarks.kernels.resources import ModelShape
 from benchmarks.kernels.workload import Limits, Workload
-from vllm_calidrop.ops.gpu import DecodeStep
+from vllm_calidrop.ops.base import ModelKV
 
 
 def xformers_step(work: Workload) -> DecodeStep | None:
@@ -22,8 +23,9 @@ def xformers_step(work: Workload) -> DecodeStep | None:
         return None
     from vllm_calidrop.ops import xformers
 
-    refused = xformers.refusal(work.query.dtype, work.query.shape[-1], work.cache)
-    return None if refused and work.query.device.type == "cuda" else xformers.decode_step
+    model = ModelKV(work.query.dtype, *work.shape, workload.BLOCK_SIZE, isa=None)
+    serves = xformers.XformersSet.refusal(model) is None and xformers.can_read(work.cache)
+    return xformers.decode_step if serves or work.query.device.type != "cuda" else None
 
 
 def times(

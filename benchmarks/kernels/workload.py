@@ -8,12 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks.kernels.cases import DecodeStep
 from benchmarks.kernels.device import Call, pinned
 from benchmarks.kernels.resources import ModelShape
 from vllm_calidrop.evicted.codecs import layout_table
 from vllm_calidrop.evicted.layout import PAGE_TOKENS, PAGES_PER_BLOCK, SWAP_BLOCK_TOKENS, swap_blocks_for
 from vllm_calidrop.ops import triton as ops
-from vllm_calidrop.ops.gpu import DecodeStep
 from vllm_calidrop.records import COUNTERS
 
 BLOCK_SIZE = 16

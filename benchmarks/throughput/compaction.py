@@ -50,7 +50,7 @@ def _one(engine: Engine, model: str, length: int, policy: str, seed: int) -> dic
 @contextmanager
 def _stopwatch() -> Iterator[dict[str, float]]:
     """Seconds spent in compaction's two entry points while the context is open."""
-    from vllm_calidrop.attention import impl
+    from vllm_calidrop.attention import rows
 
     seconds = {"observe_chunk": 0.0, "compact": 0.0}
 
@@ -65,11 +65,11 @@ def _stopwatch() -> Iterator[dict[str, float]]:
 
         return run
 
-    originals = {name: getattr(impl, name) for name in seconds}
+    originals = {name: getattr(rows, name) for name in seconds}
     for name, call in originals.items():
-        setattr(impl, name, timed(name, call))
+        setattr(rows, name, timed(name, call))
     try:
         yield seconds
     finally:
         for name, call in originals.items():
-            setattr(impl, name, call)
+            setattr(rows, name, call)

@@ -9,19 +9,14 @@ from typing import Any
 import torch
 from vllm import _custom_ops as ops
 
+from benchmarks.operators import Layers, filled_cache, isa_of, rows_of, sequence
 from benchmarks.throughput.timing import interleaved, load, ratio
-from vllm_calidrop.attention.metadata import DecodeRows
-from vllm_calidrop.evicted.codecs import codec_of, number_of
-from vllm_calidrop.evicted.layout import SWAP_BLOCK_TOKENS, swap_blocks_for
-from vllm_calidrop.evicted.pool import SwapPool
-from vllm_calidrop.evicted.recall.store import RecallRows, RecallStore
-from vllm_calidrop.ops import cpp as native
-from vllm_calidrop.ops.choice import RecallOp
-from vllm_calidrop.ops.cpp import recall as native_recall
-from vllm_calidrop.ops.packed import PackedCache
-from vllm_calidrop.ops.reference import decode as cpu
-from vllm_calidrop.ops.reference import recall
-from vllm_calidrop.worker.state_table import StateTable
+from vllm_calidrop.evicted.codecs import codec_of
+from vllm_calidrop.evicted.layout import SWAP_BLOCK_TOKENS
+from vllm_calidrop.ops.base import ModelKV
+from vllm_calidrop.ops.cpp import CppSet
+from vllm_calidrop.ops.reference import ReferenceSet
+from vllm_calidrop.records import RecallRecord
 
 
 @dataclass(frozen=True)
@@ -67,54 +62,42 @@ LAYERS = 8  # a step goes through that many caches, so that no layer finds its o
 
 
 class Layer:
-    """Everything one call of an operator needs, for a case."""
+    """Everything one call of an operator needs, for a case. Rows that recall by pages look at every step and read the
+    four pages of largest share.
+    """
 
-    def __init__(self, case: OpCase) -> None:
+    def __init__(self, case: OpCase, by_pages: bool = False) -> None:
         torch.manual_seed(0)
         self.case = case
         dtype = getattr(torch, case.dtype)
-        self.isa = _isa(dtype, case.block_size, case.head_dim)
+        self.isa = isa_of(dtype, case.block_size, case.head_dim)
+        group = case.query_heads // case.kv_heads
+        self.model = ModelKV(dtype, case.kv_heads, group, case.head_dim, case.block_size, self.isa)
         columns = -(-case.kept // case.block_size)
-        blocks = torch.randperm(case.rows * columns).view(case.rows, columns).int() + 1
-        shape = (case.rows * columns + 1, case.kv_heads, case.block_size, 2 * case.head_dim)
-        tensor = torch.zeros(shape, dtype=dtype)
-        self.cache = PackedCache(tensor, self.isa)
-        tokens = (len(tensor) * case.block_size, case.kv_heads, case.head_dim)
-        self.cache.write(
-            torch.randn(tokens).to(dtype), torch.randn(tokens).to(dtype), torch.arange(tokens[0], dtype=torch.int64)
-        )
+        self.cache, block_table = filled_cache(self.model, case.rows, columns, [(0, case.kept)] * case.rows)
         self.query = torch.randn((case.rows, case.query_heads, case.head_dim)).to(dtype)
         self.output = torch.empty_like(self.query)
         self.scale = case.head_dim**-0.5
-        group = case.query_heads // case.kv_heads
         width = max(1, -(-case.stored // SWAP_BLOCK_TOKENS))
-        self.pool = SwapPool(1, case.rows * width, case.kv_heads, case.head_dim, dtype)
-        self.pool.pages.normal_()
+        sketched = case.rows * width if by_pages else 0
+        self.layers = Layers(self.model, case.rows, case.rows * width, sketch_blocks=sketched)
+        self.layers.pool.pages.normal_()
+        self.layers.store.codes.random_(0, 256)
+        self.layers.store.scales.fill_(1.0)
         swap_blocks = torch.randperm(case.rows * width).view(case.rows, width)
-        if case.codec != "none":
-            evicted = torch.randn((2, case.kv_heads, case.stored, case.head_dim)).to(dtype)
-            needed = codec_of(case.codec, case.head_dim, dtype).blocks_for(case.stored)
-            for blocks_of_row in swap_blocks:
-                self.pool.write(0, blocks_of_row[:needed], *evicted, case.codec)
-        self.table = StateTable(1, case.rows, case.kv_heads, group, case.head_dim, dtype)
-        count = case.rows if case.stored else 0
-        self.rows = DecodeRows(
-            tokens=torch.arange(case.rows),
-            slots=torch.arange(case.rows),
-            blocks=blocks,
-            start=torch.zeros(case.rows, dtype=torch.int64),
-            end=torch.full((case.rows,), case.kept),
-            block_size=case.block_size,
-            calibrated=torch.arange(count),
-            calibrated_slots=torch.arange(count),
-            theta1=torch.full((count,), case.theta1),
-            theta2=torch.full((count,), max(case.theta1, 0.85)),
-            gate=torch.zeros(count, dtype=torch.int64),
-            swap_blocks=swap_blocks[:count],
-            stored=torch.full((count,), case.stored),
-            codec=None if case.codec == "none" else torch.full((count,), number_of(case.codec)),
-        )
-        self.seq_lens = self.rows.end.int()
+        evicted = torch.randn((2, case.kv_heads, case.stored, case.head_dim)).to(dtype)
+        needed = codec_of(case.codec, case.head_dim, dtype).blocks_for(case.stored)
+        for row, blocks in enumerate(swap_blocks.tolist()):
+            mine = tuple(blocks[:needed])
+            if case.codec != "none":
+                self.layers.pool.write(0, mine, *evicted, case.codec)
+            recall = RecallRecord(2.0, 0.0, None, 4, tuple(blocks[::-1]), ()) if by_pages else None
+            thetas = (case.theta1, max(case.theta1, 0.85))
+            self.layers.admit(sequence(row, 0, case.stored, mine, case.codec, thetas, recall=recall))
+        self.cpp = self.layers.served_by(CppSet)
+        self.reference = self.layers.served_by(ReferenceSet)
+        self.rows = rows_of(torch.arange(case.rows), torch.full((case.rows,), case.kept), block_table)
+        self.seq_lens = self.rows.end
         self.starts = torch.arange(case.rows + 1, dtype=torch.int32)
         self.scheduler_metadata = ops.cpu_attn_get_scheduler_metadata(
             num_reqs=case.rows,
@@ -145,17 +128,21 @@ class Layer:
             causal=True,
             alibi_slopes=None,
             sliding_window=-1,
-            block_table=self.rows.blocks,
+            block_table=self.rows.block_table,
             softcap=0,
             scheduler_metadata=self.scheduler_metadata,
             s_aux=None,
         )
 
-    def native(self) -> torch.Tensor:
-        return native.decode(self.rows, 0, self.query, self.cache, self.pool, self.table, self.scale)
+    def native(self) -> None:
+        self.cpp.decode(self.query, self.output, self.cache, 0, self.rows, self.scale)
 
-    def torch(self) -> torch.Tensor:
-        return cpu.decode(self.rows, 0, self.query, self.cache, self.pool, self.table, self.scale)
+    def torch(self) -> None:
+        self.reference.decode(self.query, self.output, self.cache, 0, self.rows, self.scale)
+
+    def read_all(self) -> torch.Tensor:
+        """The bytes that the paper's rule would read."""
+        return self.layers.pool.pages.view(torch.int64).sum()
 
 
 class Step:
@@ -190,7 +177,9 @@ def measure(repeats: int) -> dict[str, Any]:
 def _operators(case: OpCase, repeats: int) -> dict[str, Any]:
     layer, step = Layer(case), Step(case)
     layer.stock()
-    torch.testing.assert_close(layer.output.float(), layer.native(), rtol=2e-2, atol=2e-2)
+    expected = layer.output.clone()
+    layer.native()
+    torch.testing.assert_close(layer.output, expected, rtol=2e-2, atol=2e-2)
     seconds = interleaved({"stock": step.stock, "native": step.native, "torch": step.torch}, repeats)
     return {
         "case": asdict(case),
@@ -205,7 +194,7 @@ def _operators(case: OpCase, repeats: int) -> dict[str, Any]:
 def _reload(case: OpCase, repeats: int) -> dict[str, Any]:
     """Every group recomputes: what that adds to a step, against a plain sum over the KV's bytes without a codec."""
     step, without = Layer(case), Layer(OpCase(**{**asdict(case), "stored": 0, "codec": "none"}))
-    plain = step.pool.pages.view(torch.int64).flatten()
+    plain = step.layers.pool.pages.view(torch.int64).flatten()
     seconds = interleaved({"native": step.native, "without": without.native, "read": plain.sum}, repeats)
     gib = plain.nbytes / 2**30
     reload = [a - b for a, b in zip(seconds["native"], seconds["without"], strict=True)]
@@ -218,55 +207,23 @@ def _reload(case: OpCase, repeats: int) -> dict[str, Any]:
     }
 
 
-class Look(Layer):
-    """A layer whose rows recall by pages and look at every step; a look reads the four pages of largest share."""
-
-    def __init__(self, case: OpCase) -> None:
-        super().__init__(OpCase(**{**asdict(case), "stored": 0}))
-        rows, width = case.rows, swap_blocks_for(case.stored)
-        dtype = self.query.dtype
-        self.recall_pool = SwapPool(1, rows * width, case.kv_heads, case.head_dim, dtype)
-        self.recall_pool.pages.normal_()
-        self.store = RecallStore(1, rows, rows * width, 1, case.kv_heads, case.head_dim, dtype)
-        self.store.codes.random_(0, 256)
-        self.store.scales.fill_(1.0)
-        blocks = torch.randperm(rows * width).view(rows, width)
-        self.recalled = RecallRows(
-            rows=torch.arange(rows),
-            slots=torch.arange(rows),
-            theta=torch.full((rows,), 2.0),
-            eps=torch.zeros(rows),
-            top_p=torch.full((rows,), torch.nan),
-            most=torch.full((rows,), 4),
-            buffer_size=torch.zeros(rows, dtype=torch.int64),
-            stored=torch.full((rows,), case.stored),
-            swap_blocks=blocks,
-            sketch_blocks=blocks.flip(0),
-            buffer_ids=torch.empty((rows, 0), dtype=torch.int64),
-        )
-        self.out = torch.randn(self.query.shape)
-        self.lse = torch.randn(self.query.shape[:2])
-
-    def look(self, op: RecallOp) -> None:
-        op(self.recalled, 0, self.query, self.out, self.lse, self.recall_pool, self.table, self.store, self.scale)
-
-    def read_all(self) -> torch.Tensor:
-        """The bytes that the paper's rule would read."""
-        return self.recall_pool.pages.view(torch.int64).sum()
-
-
 def _look(case: OpCase, repeats: int) -> dict[str, Any]:
-    """A look of every row and KV head, in C++ and in torch, and the attention over the kept tokens beside it."""
-    layer = Look(case)
+    """What a look of every row and KV head adds to a step, in C++ and in torch, and the step without it beside it."""
+    layer, without = Layer(case, by_pages=True), Layer(OpCase(**{**asdict(case), "stored": 0}))
     seconds = interleaved(
         {
-            "native": lambda: layer.look(native_recall.add_recalled),
-            "torch": lambda: layer.look(recall.add_recalled),
-            "kept": layer.native,
+            "native step": layer.native,
+            "torch step": layer.torch,
+            "kept": without.native,
+            "kept in torch": without.torch,
             "read all": layer.read_all,
         },
         repeats,
     )
+    for name, kept in (("native", "kept"), ("torch", "kept in torch")):
+        pairs = zip(seconds.pop(f"{name} step"), seconds[kept], strict=True)
+        seconds[name] = [step - alone for step, alone in pairs]
+    del seconds["kept in torch"]
     return {
         "case": asdict(case),
         "load": load(),
@@ -275,12 +232,3 @@ def _look(case: OpCase, repeats: int) -> dict[str, Any]:
         "native_to_kept": ratio(seconds["native"], seconds["kept"]),
         "native_to_read_all": ratio(seconds["native"], seconds["read all"]),
     }
-
-
-def _isa(dtype: torch.dtype, block_size: int, head_dim: int) -> str:
-    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
-
-    isa = _get_attn_isa(dtype, block_size, head_dim)
-    if isa == "amx":
-        torch.cpu._init_amx()
-    return str(isa)

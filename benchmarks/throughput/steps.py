@@ -73,7 +73,7 @@ def profile(model: str, length: int, steps: int) -> dict[str, Any]:
     """Where a step's time goes, in ms: attention operators by name, the rest of the model, and outside of it."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
-    from vllm_calidrop.attention.impl import CaliDropImpl
+    from vllm_calidrop.attention.cpu import CaliDropCpuImpl
 
     found: dict[str, Any] = {}
     engines = {name: Engine(model, backend, length + 1024) for name, backend in (("stock", None), ("ours", "calidrop"))}
@@ -81,7 +81,7 @@ def profile(model: str, length: int, steps: int) -> dict[str, Any]:
     try:
         for case, name, prompt, settings in cases:
             engine, spent = engines[name], {"attention": 0.0, "model": 0.0}
-            attention = CPUAttentionBackendImpl if name == "stock" else CaliDropImpl
+            attention = CPUAttentionBackendImpl if name == "stock" else CaliDropCpuImpl
             runner = engine.core.model_executor.driver_worker.worker.model_runner
             _start(engine, prompt, settings, steps + 8)
             with _timed(attention, "forward", spent, "attention"), _timed(runner, "execute_model", spent, "model"):

@@ -11,8 +11,9 @@ from triton.runtime.interpreter import interpreter_builder
 from benchmarks.kernels.cases import LAYER, ROWS, Row, Shape, assert_same, copy_of, make, run
 from vllm_calidrop.algorithm.calibration import Gate
 from vllm_calidrop.evicted.codecs import CODECS
-from vllm_calidrop.ops.triton import contract, make_scratch, scratch_bytes, splits_for, view_scratch
-from vllm_calidrop.ops.triton.contract import evicted_splits_for
+from vllm_calidrop.ops.state import refuse_heads
+from vllm_calidrop.ops.triton import make_scratch, scratch, scratch_bytes, splits_for, view_scratch
+from vllm_calidrop.ops.triton.scratch import evicted_splits_for
 from vllm_calidrop.records import COUNTERS
 
 SHAPES = [
@@ -55,7 +56,7 @@ OTHER = Shape(kv_heads=3, group=5, head_dim=80, dtype=torch.bfloat16, layout="cu
 
 
 @pytest.mark.parametrize(
-    ("codec", "shape"), [*((codec, Shape()) for codec in list(CODECS)[1:]), ("fp8", OTHER), ("int2", OTHER)], ids=str
+    ("codec", "shape"), [*((codec, Shape()) for codec in CODECS[1:]), ("fp8", OTHER), ("int2", OTHER)], ids=str
 )
 def test_codecs(shape: Shape, codec: str) -> None:
     """Everybody reads; against `Codec.decode` and the attention over that."""
@@ -119,10 +120,10 @@ def test_a_rho_equal_to_a_threshold_is_inside_the_band() -> None:
 
 @pytest.mark.parametrize("theta1", [-2.0, 2.0])
 def test_a_kv_head_with_nothing_to_read_stays_plain(theta1: float) -> None:
-    """`StateTable.refuse`: its stored query is NaN, which is similar to none and unlike none."""
+    """`refuse_heads`: its stored query is NaN, which is similar to none and unlike none."""
     case = make(Shape(group=2, head_dim=32), [Row(20, 4, 30, theta1=theta1, theta2=theta1, gate=gate) for gate in Gate])
     for slot in case.rows.slot.tolist():
-        case.table.refuse(LAYER, slot, torch.tensor([False, True]))
+        refuse_heads(case.table.layers[LAYER], slot, torch.tensor([False, True]))
     counts = assert_same(case, run(case)).table.counts[:, LAYER].sum(0)
     assert counts[:4].tolist() == ([6, 0, 6, 3] if theta1 > 1 else [0, 6, 6, 0])
 
@@ -174,8 +175,8 @@ def test_a_step_follows_a_step() -> None:
 
 @pytest.mark.parametrize("programs", [8, 512])
 def test_scratch_serves_every_batch_up_to_its_size(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contract, "PROGRAMS", programs)
-    monkeypatch.setattr(contract, "EVICTED_SPLITS", programs // 64 or 1)
+    monkeypatch.setattr(scratch, "PROGRAMS", programs)
+    monkeypatch.setattr(scratch, "EVICTED_SPLITS", programs // 64 or 1)
     for rows, kv_heads in ((1, 1), (7, 2), (64, 8), (300, 8)):
         flat = make_scratch(rows, kv_heads, 2, 8, "cpu")
         assert sum(tensor.numel() * tensor.itemsize for tensor in flat) == scratch_bytes(rows, kv_heads, 2, 8)

@@ -13,7 +13,6 @@ from vllm_calidrop.evicted.layout import SWAP_BLOCK_TOKENS, swap_blocks_for
 from vllm_calidrop.evicted.pool import SwapPool
 from vllm_calidrop.ops.triton import (
     KVCache,
-    State,
     add_column_sums,
     calibrate,
     copy_evicted,
@@ -69,11 +68,11 @@ def test_compaction_moves_what_was_chosen(shape: Shape, tokens: int, budget: int
     expected_pool = SwapPool(2, width + 3, shape.kv_heads, shape.head_dim, shape.dtype)
     pool.pages.fill_(torch.nan)
     expected_pool.pages.fill_(torch.nan)
-    swap_blocks = torch.randperm(width + 3)[:width]
+    swap_blocks = torch.randperm(width + 3)[:width].int()
     table = StateTable(2, 3, shape.kv_heads, shape.group, shape.head_dim, shape.dtype)
 
     copy_evicted(prompt.cache, prompt.blocks, evicted, pool.pages[LAYER], swap_blocks)
-    state = State(table.query[LAYER], table.out[LAYER], table.lse[LAYER], table.counts[:, LAYER])
+    state = table.layers[LAYER]
     scratch = dirty_scratch(1, shape.kv_heads * shape.group, shape.kv_heads, shape.head_dim, splits=3)
     calibrate(query, prompt.cache, prompt.blocks, evicted, state, 1, scratch, prompt.scale)
     moved = torch.full((2, shape.kv_heads, budget, shape.head_dim), torch.nan, dtype=shape.dtype)
@@ -82,7 +81,7 @@ def test_compaction_moves_what_was_chosen(shape: Shape, tokens: int, budget: int
 
     index = evicted.unsqueeze(-1).expand(-1, -1, shape.head_dim)
     keys, values = prompt.keys.gather(1, index), prompt.values.gather(1, index)
-    expected_pool.write(LAYER, swap_blocks, keys, values)
+    expected_pool.write(LAYER, tuple(swap_blocks.tolist()), keys, values)
     written = -(-count // 16)
     for page in range(width * SWAP_BLOCK_TOKENS // 16):
         block, within = swap_blocks[page // 8], page % 8
@@ -115,7 +114,7 @@ def test_calibration_over_nothing() -> None:
     table = StateTable(2, 1, shape.kv_heads, shape.group, shape.head_dim, shape.dtype)
     table.lse.zero_()
     scratch = dirty_scratch(1, shape.kv_heads * shape.group, shape.kv_heads, shape.head_dim, splits=2)
-    state = State(table.query[LAYER], table.out[LAYER], table.lse[LAYER], table.counts[:, LAYER])
+    state = table.layers[LAYER]
     nothing = torch.empty((shape.kv_heads, 0), dtype=torch.int64)
     calibrate(prompt.queries(1)[0], prompt.cache, prompt.blocks, nothing, state, 0, scratch, prompt.scale)
     assert (table.lse[LAYER] == -torch.inf).all() and not table.out[LAYER].any()

@@ -7,11 +7,19 @@ import torch
 
 from benchmarks.kernels.cases import LAYER, ROWS, Row, Shape, assert_same, make, run
 from benchmarks.kernels.device import let_xformers_be_interpreted
+from tests.support.workers import cuda_worker
 from vllm_calidrop.algorithm.calibration import Gate
-from vllm_calidrop.ops import gpu, xformers
-from vllm_calidrop.ops import triton as kernels
+from vllm_calidrop.memory import ModelShape
+from vllm_calidrop.ops import registry, xformers
+from vllm_calidrop.ops.base import ModelKV
+from vllm_calidrop.ops.triton.operators import TritonSet
+from vllm_calidrop.ops.xformers import XformersSet
 
 let_xformers_be_interpreted()
+
+
+def model_of(shape: Shape, dtype: torch.dtype) -> ModelKV:
+    return ModelKV(dtype, shape.kv_heads, shape.group, shape.head_dim, shape.block_size, isa=None)
 
 
 @pytest.mark.parametrize(
@@ -25,7 +33,7 @@ let_xformers_be_interpreted()
 )
 def test_equals_reference(shape: Shape, splits: int) -> None:
     case = make(shape, ROWS).finite()
-    assert xformers.refusal(torch.float16, shape.head_dim, case.cache) is None
+    assert XformersSet.refusal(model_of(shape, torch.float16)) is None and xformers.can_read(case.cache)
     assert_same(case, run(case, splits, xformers.decode_step))
 
 
@@ -37,17 +45,29 @@ def test_every_branch_of_every_gate() -> None:
 
 
 def test_it_says_what_it_cannot_do() -> None:
-    cache = make(Shape(layout="cpu-vec"), [Row(1)]).cache
-    assert "float32" in str(xformers.refusal(torch.float32, 64, cache))
-    assert "96" in str(xformers.refusal(torch.float16, 96, cache))
-    assert "strides" in str(xformers.refusal(torch.float16, 64, cache))
+    """fp32, a head_dim that is no power of two and CPU layouts are refused, and so is a cache of other strides."""
+    assert "float32" in str(XformersSet.refusal(model_of(Shape(), torch.float32)))
+    assert "96" in str(XformersSet.refusal(model_of(Shape(head_dim=96), torch.float16)))
+    assert "CUDA" in str(XformersSet.refusal(model_of(Shape(), torch.bfloat16)._replace(isa="vec")))
+    assert not xformers.can_read(make(Shape(layout="cpu-vec"), [Row(1)]).cache)
+    shape = ModelShape(1, 4, 2, 64, torch.float16, 256)
+    operators = cuda_worker(shape, operators=XformersSet).operators
+    cache = torch.zeros((3, 2, 16, 128), dtype=torch.float16)
+    operators.cache_of(cache)
+    operators.cache_of(torch.zeros((3, 16, 2, 128), dtype=torch.float16).transpose(1, 2))
+    with pytest.raises(ValueError, match="strides"):
+        operators.cache_of(torch.zeros((3, 2, 128, 16), dtype=torch.float16).transpose(2, 3))
 
 
 def test_the_setting_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(gpu.CHOICE_VARIABLE, raising=False)
-    assert gpu.decode_step_op() is kernels.decode_step
-    monkeypatch.setenv(gpu.CHOICE_VARIABLE, "xformers")
-    assert gpu.decode_step_op() is xformers.decode_step
-    monkeypatch.setenv(gpu.CHOICE_VARIABLE, "cuda")
-    with pytest.raises(ValueError, match="auto, triton, xformers"):
-        gpu.decode_step_op()
+    monkeypatch.setattr(registry, "uses_cuda_flavour", lambda: True)
+    monkeypatch.delenv(registry.CHOICE_VARIABLE, raising=False)
+    assert registry.wanted_set() is TritonSet
+    monkeypatch.setenv(registry.CHOICE_VARIABLE, "xformers")
+    assert registry.wanted_set() is XformersSet
+    assert registry.set_for(model_of(Shape(), torch.float16)) is XformersSet
+    with pytest.raises(ValueError, match=r"float32.*VLLM_CALIDROP_OPS=xformers"):
+        registry.set_for(model_of(Shape(), torch.float32))
+    monkeypatch.setenv(registry.CHOICE_VARIABLE, "cuda")
+    with pytest.raises(ValueError, match="auto, reference, cpp, triton, xformers"):
+        registry.wanted_set()

@@ -2,65 +2,70 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 
-from tests.unit.test_native_decode import LAYER, LAYERS, Case, assert_same
+from tests.unit.test_cpp_decode import LAYER, LAYERS, Case, assert_same
 from vllm_calidrop.algorithm.calibration import Gate, cosine, decide
-from vllm_calidrop.evicted.codecs import CODECS
+from vllm_calidrop.evicted.codecs import CODECS, number_of
 from vllm_calidrop.evicted.pool import SwapPool
-from vllm_calidrop.ops import cpp as native
-from vllm_calidrop.ops.cpp import build
-from vllm_calidrop.ops.reference import decode as cpu
+from vllm_calidrop.ops.cpp import CppSet, build
+from vllm_calidrop.ops.reference import ReferenceSet
+from vllm_calidrop.ops.state import refuse_heads
 from vllm_calidrop.records import COUNTERS
+from vllm_calidrop.worker.slots import SlotTables
 from vllm_calidrop.worker.state_table import StateTable
 
+CPU = torch.device("cpu")
 ENCODED = ("int2", "none", "fp8", "int4_plain", "int8")
 
 
 def decoded_case(case: Case) -> Case:
     """The same case with all evicted KV as its codecs decode it, in a pool without codecs."""
-    rows, pool = case.rows, case.pool
-    assert rows.codec is not None
-    other = Case.__new__(Case)
-    other.cache, other.table, other.queries = case.cache, case.table, case.queries
-    heads, head_dim = pool.memory.shape[2], case.cache.head_dim
-    width = -(-int(rows.stored.max()) // 128)
-    other.pool = SwapPool(LAYERS, len(rows.stored) * width, heads, head_dim, torch.float32)
-    blocks = torch.arange(len(rows.stored) * width).view(-1, width)
-    for index, tokens in enumerate(rows.stored.tolist()):
-        codec = int(rows.codec[index])
-        theirs = rows.swap_blocks[index, : pool.codecs[codec].blocks_for(tokens)]
-        keys, values = pool.read(LAYER, theirs.expand(heads, -1), torch.arange(heads), codec)
-        mine = blocks[index, : -(-tokens // 128)]
-        other.pool.write(LAYER, mine, keys[:, :tokens].float(), values[:, :tokens].float())
-    other.rows = type(rows)(**{**vars(rows), "swap_blocks": blocks, "codec": None})
+    model, pool = case.model, case.layers.pool
+    width = -(-max(case.stored) // 128)
+    other = copy.copy(case)
+    other.layers = case.layers.copy()
+    other.layers.pool = SwapPool(LAYERS, len(case.records) * width, model.num_kv_heads, model.head_dim, torch.float32)
+    other.layers.slots = SlotTables(case.layers.table.counts.shape[0], 4096, model.head_dim, model.dtype, CPU)
+    for row, record in enumerate(case.records):
+        mine = tuple(range(row * width, row * width + -(-record.stored // 128)))
+        other.layers.slots.admit([dataclasses.replace(record, codec="none", swap_blocks=mine)])
+        if record.stored:
+            heads = torch.arange(model.num_kv_heads)
+            theirs = torch.tensor(record.swap_blocks).expand(len(heads), -1)
+            keys, values = pool.read(LAYER, theirs, heads, number_of(record.codec))
+            other.layers.pool.write(LAYER, mine, keys[:, : record.stored].float(), values[:, : record.stored].float())
     return other
+
+
+def assert_decodes_first(case: Case) -> StateTable:
+    """The reference over codes, against the reference over what they decode to."""
+    expected, expected_layers = decoded_case(case).run(ReferenceSet)
+    out, layers = case.run(ReferenceSet)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(layers.table.lse, expected_layers.table.lse, rtol=1e-5, atol=2e-6)
+    assert torch.equal(layers.table.counts, expected_layers.table.counts)
+    return layers.table
 
 
 @pytest.mark.parametrize("name", CODECS)
 def test_one_codec(name: str) -> None:
-    case = Case("vec", 32, torch.float32, 4, 64, codecs=(name, name))
-    expected, expected_table = decoded_case(case).run(cpu.decode)
-    out, table = case.run(cpu.decode)
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=2e-6)
-    torch.testing.assert_close(table.lse, expected_table.lse, rtol=1e-5, atol=2e-6)
-    assert torch.equal(table.counts, expected_table.counts)
+    assert_decodes_first(Case("vec", 32, torch.float32, 4, 64, codecs=(name, name)))
 
 
 @pytest.mark.parametrize("most_reads", [(), (0, 1, 2, 9)])
 def test_mixed_codecs_in_one_batch(most_reads: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs longer than a block of theirs, and more pairs than are read at once."""
-    monkeypatch.setattr(cpu, "RECOMPUTE_TOKENS", 2000)
+    monkeypatch.setattr("vllm_calidrop.ops.reference.decode.RECOMPUTE_TOKENS", 2000)
     case = Case(
         "vec", 32, torch.float32, 2, 64, kv_heads=3, codecs=ENCODED, most_reads=most_reads,
         stored=(1500, 16, 0, 700, 129, 2000, 1), thresholds=(0.9, 0.95),
     )  # fmt: skip
-    expected, expected_table = decoded_case(case).run(cpu.decode)
-    out, table = case.run(cpu.decode)
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=2e-6)
-    torch.testing.assert_close(table.lse, expected_table.lse, rtol=1e-5, atol=2e-6)
-    assert torch.equal(table.counts, expected_table.counts)
+    table = assert_decodes_first(case)
     assert (table.counts[:, LAYER, COUNTERS.index("skipped")].sum() > 0) == bool(most_reads)
 
 
@@ -70,7 +75,7 @@ needs_compiler = pytest.mark.skipif(build.find_compiler() is None, reason="no C+
 @needs_compiler
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize(("head_dim", "dtype"), [(80, torch.float32), (128, torch.bfloat16), (32, torch.float16)])
-def test_cpp_decodes_as_torch_does(name: str, head_dim: int, dtype: torch.dtype) -> None:
+def test_cpp_decodes_as_the_reference_does(name: str, head_dim: int, dtype: torch.dtype) -> None:
     assert_same(
         Case("vec16", 16, dtype, 3, head_dim, codecs=(name, name), stored=(1500, 1, 17, 0, 129, 700)), tolerance=4e-6
     )
@@ -80,11 +85,11 @@ def test_cpp_decodes_as_torch_does(name: str, head_dim: int, dtype: torch.dtype)
 @pytest.mark.parametrize("thresholds", [(0.9, 0.95), (2.0, 2.0), (-2.0, -2.0)])
 @pytest.mark.parametrize("most_reads", [(), (0, 1, 2, 9)])
 def test_cpp_with_mixed_codecs_and_budgets(thresholds: tuple[float, float], most_reads: tuple[int, ...]) -> None:
-    table = assert_same(
+    layers = assert_same(
         Case("vec", 32, torch.bfloat16, 2, 64, kv_heads=3, codecs=ENCODED, most_reads=most_reads,
              stored=(1500, 16, 0, 700, 129, 2000, 1), thresholds=thresholds), tolerance=4e-6,
     )  # fmt: skip
-    skipped = table.counts[:, LAYER, COUNTERS.index("skipped")].sum()
+    skipped = layers.table.counts[:, LAYER, COUNTERS.index("skipped")].sum()
     assert (skipped > 0) == (bool(most_reads) and thresholds[0] > -2)
 
 
@@ -93,15 +98,17 @@ def test_cpp_leaves_refused_heads_plain() -> None:
     """Their blocks hold nothing that may be read; the other heads of the sequence go on."""
     for thresholds in ((2.0, 2.0), (-2.0, -2.0), (0.7, 0.85)):
         case = Case("vec", 32, torch.float32, 4, 64, kv_heads=3, codecs=("int4", "int4"), thresholds=thresholds)
-        for slot in case.rows.calibrated_slots.tolist():
-            case.table.refuse(LAYER, slot, torch.tensor([False, True, False]))
-        case.pool.memory[:, :, 1] = 255
-        (out, table), (expected, expected_table) = case.run(native.decode), case.run(cpu.decode)
+        slots = [record.slot for record in case.records if record.stored]
+        for slot in slots:
+            refuse_heads(case.layers.table.layers[LAYER], slot, torch.tensor([False, True, False]))
+        case.layers.pool.memory[:, :, 1] = 255
+        (out, layers), (expected, expected_layers) = case.run(CppSet), case.run(ReferenceSet)
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=2e-6)
+        table, expected_table = layers.table, expected_layers.table
         torch.testing.assert_close(table.query, expected_table.query, rtol=0, atol=0, equal_nan=True)
         assert torch.equal(table.counts, expected_table.counts)
-        assert table.query[LAYER, case.rows.calibrated_slots][:, 1].isnan().all()
-        assert not table.query[LAYER, case.rows.calibrated_slots][:, [0, 2]].isnan().any()
+        assert table.query[LAYER, slots][:, 1].isnan().all()
+        assert not table.query[LAYER, slots][:, [0, 2]].isnan().any()
 
 
 def test_read_budget_takes_the_least_similar_groups() -> None:
@@ -147,7 +154,7 @@ def test_read_budget_under_every_gate(gate: Gate) -> None:
 def test_refused_heads_are_plain_for_ever(gate: Gate) -> None:
     table = StateTable(1, 2, 3, 2, 16, torch.bfloat16)
     table.query[0, 1] = torch.randn((3, 2, 16))
-    table.refuse(0, 1, torch.tensor([False, True, False]))
+    refuse_heads(table.layers[0], 1, torch.tensor([False, True, False]))
     rho = cosine(torch.randn((1, 3, 2, 16)), table.query[0, 1:])
     for theta1, theta2 in ((2.0, 2.0), (-2.0, -2.0), (0.7, 0.85)):
         for most in (None, torch.tensor([2])):

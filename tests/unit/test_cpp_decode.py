@@ -65,6 +65,7 @@ class Case:
         self.layers = Layers(self.model, rows + 3, rows * width, LAYERS)
         slots = torch.randperm(rows + 3)[:rows]
         self.queries = torch.randn((rows + 1, kv_heads * group, head_dim)).to(dtype)
+        self.records = []
         calibrated = 0
         for row, tokens in enumerate(self.stored):
             codec = codecs[calibrated % len(codecs)] if tokens else "none"
@@ -75,6 +76,7 @@ class Case:
                 int(slots[row]), int(start[row]), tokens, taken, codec, thresholds, calibrated % len(Gate), most
             )
             self.layers.admit(record)
+            self.records.append(record)
             if not tokens:
                 continue
             calibrated += 1

@@ -17,21 +17,21 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGra
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.utils import AttentionGroup
 
+from tests.support.workers import CPU, cuda_worker
 from vllm_calidrop.algorithm.placement import first_kept_block, view_start
-from vllm_calidrop.attention.cuda_backend import CaliDropCudaBackend
-from vllm_calidrop.attention.cuda_metadata import CaliDropCudaMetadata, CaliDropCudaMetadataBuilder
+from vllm_calidrop.attention.cuda import CaliDropCudaBackend, CaliDropCudaMetadataBuilder
+from vllm_calidrop.attention.rows import CaliDropMetadata
 from vllm_calidrop.hooks.engine import cudagraphs
 from vllm_calidrop.hooks.wrap import original_of
-from vllm_calidrop.memory import ModelShape, PoolSizes
+from vllm_calidrop.memory import ModelShape
+from vllm_calidrop.ops.registry import CHOICE_VARIABLE
 from vllm_calidrop.records import SequenceRecord, StepRecords
 from vllm_calidrop.scheduler.spec import CaliDropSpec
-from vllm_calidrop.worker.cuda_worker import CaliDropCudaWorker
-from vllm_calidrop.worker.step_table import StepTable
+from vllm_calidrop.worker.step import StepTable
 from vllm_calidrop.worker.worker import step_of
 
 BLOCK_SIZE, MAX_ROWS, MAX_TOKENS, MAX_LEN = 16, 8, 64, 256
 LAYER = "model.layers.0.attn"
-CPU = torch.device("cpu")
 
 
 def record(request_id: str, slot: int, prompt: int, budget: int, known: int | None = None) -> SequenceRecord:
@@ -63,7 +63,7 @@ class Engine:
         self.states = SimpleNamespace(index_to_req_id={}, req_id_to_index={}, num_computed_tokens_np=np.zeros(32, int))
         shape = ModelShape(1, 4, 2, 64, torch.float32, MAX_LEN)
         runner = SimpleNamespace(req_states=self.states)
-        self.worker = CaliDropCudaWorker(runner, [LAYER], shape, 16, PoolSizes(8, 0, 0), CPU, MAX_ROWS)
+        self.worker = cuda_worker(shape, runner=runner, max_rows=MAX_ROWS)
         layer = SimpleNamespace(impl=SimpleNamespace(worker=self.worker, num_heads=4))
         config: Any = SimpleNamespace(
             compilation_config=SimpleNamespace(
@@ -90,7 +90,7 @@ class Engine:
 
     def run(
         self, requests: list[tuple[str, int, int]], admitted: tuple[SequenceRecord, ...] = (), padded: int | None = None
-    ) -> CaliDropCudaMetadata:
+    ) -> CaliDropMetadata:
         """One step as V2's `prepare_inputs` and `prepare_attn` hand it to the builder; padded: rows of its graph."""
         for index, (request_id, done, _) in enumerate(requests, start=7):
             self.states.index_to_req_id[index] = request_id
@@ -114,14 +114,14 @@ class Engine:
                 all_rows, padded or num_tokens, starts, int(lengths.max()), torch.from_numpy(upper), rows, False
             )
 
-    def capture(self, rows: int) -> CaliDropCudaMetadata:
+    def capture(self, rows: int) -> CaliDropMetadata:
         batch = InputBatch.make_dummy(rows, rows, self.buffers, max_query_len=1)
         return self._build(rows, rows, batch.query_start_loc_np, 1, batch.seq_lens_cpu_upper_bound, rows, True)
 
     def _build(
         self, rows: int, tokens: int, starts: np.ndarray, longest: int, upper: torch.Tensor, real: int, capture: bool
-    ) -> CaliDropCudaMetadata:
-        metadata: CaliDropCudaMetadata = build_attn_metadata(
+    ) -> CaliDropMetadata:
+        metadata: CaliDropMetadata = build_attn_metadata(
             attn_groups=self._groups,
             num_reqs=rows,
             num_tokens=tokens,
@@ -213,9 +213,10 @@ def test_before_there_is_a_worker_it_is_vllms() -> None:
     assert metadata.decode is None and metadata.stock is not None
 
 
-def test_a_prompt_that_ends_with_one_token_is_no_decode() -> None:
+def test_a_prompt_that_ends_with_one_token_is_no_decode(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM runs such a row like a decode, and would replay a graph without the compaction."""
     engine = Engine()
+    monkeypatch.setenv(CHOICE_VARIABLE, "triton")
     assert engine.builder.get_cudagraph_support(None, None) is AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     engine.run([("mine", 0, 40)], (record("mine", slot=1, prompt=41, budget=10),))
     assert engine.worker.has_unfinished_prompt()
@@ -227,8 +228,9 @@ def test_a_prompt_that_ends_with_one_token_is_no_decode() -> None:
     assert not engine.worker.has_unfinished_prompt()
 
 
-def test_xformers_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_CALIDROP_GPU_OP", "xformers")
+@pytest.mark.parametrize("operators", ["xformers", "reference"])
+def test_operators_that_allocate_or_wait_are_not_captured(operators: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CHOICE_VARIABLE, operators)
     assert CaliDropCudaMetadataBuilder.get_cudagraph_support(None, None) is AttentionCGSupport.NEVER
 
 

@@ -16,22 +16,23 @@ from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import MultipleOf
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
-from vllm_calidrop.attention.cuda_backend import CaliDropCudaBackend
+from tests.support.workers import CPU, cuda_worker
+from vllm_calidrop.attention.cuda import CaliDropCudaBackend
 from vllm_calidrop.evicted import pinned_pool as host_pool
 from vllm_calidrop.evicted.codecs import number_of
-from vllm_calidrop.evicted.layout import SWAP_BLOCK_TOKENS, swap_blocks_for
+from vllm_calidrop.evicted.layout import PAGES_PER_BLOCK, SWAP_BLOCK_TOKENS, swap_blocks_for
 from vllm_calidrop.evicted.pinned_pool import PinnedSwapPool, runs, staging_bytes
 from vllm_calidrop.evicted.pool import SwapPool
-from vllm_calidrop.memory import ModelShape, PoolSizes
-from vllm_calidrop.ops.gpu import CHOICE_VARIABLE
-from vllm_calidrop.ops.kv_cache import kv_views
+from vllm_calidrop.memory import ModelShape
+from vllm_calidrop.ops.registry import CHOICE_VARIABLE
+from vllm_calidrop.ops.strided import StridedCache, kv_views
+from vllm_calidrop.ops.triton.operators import TritonSet
 from vllm_calidrop.settings.request import RequestSettings, SettingsError
 from vllm_calidrop.settings.server import ServerSettings
 from vllm_calidrop.support import refuse_settings
-from vllm_calidrop.worker.cuda_worker import CaliDropCudaWorker
 from vllm_calidrop.worker.room import RANKING_BYTES, compaction_bytes, device_bytes, leave_room_on_device
-
-CPU = torch.device("cpu")
+from vllm_calidrop.worker.state_table import StateTable
+from vllm_calidrop.worker.worker import CaliDropWorker
 
 
 @given(st.lists(st.integers(0, 20), unique=True, max_size=12).map(tuple))
@@ -49,14 +50,16 @@ def test_evicted_kv_by_way_of_staging(tokens: int, monkeypatch: pytest.MonkeyPat
     block = PinnedSwapPool.block_bytes(1, heads, head_dim, torch.float32)
     monkeypatch.setattr(host_pool, "STAGING_BYTES", 2 * block)
     pool = PinnedSwapPool(2, 12, heads, head_dim, torch.float32, CPU)
-    assert staging_bytes(12, heads, head_dim, torch.float32) == 2 * (2 * block + 4)
+    assert staging_bytes(12, heads, head_dim, torch.float32) == pool._staging.nbytes == 2 * (2 * block)
     block_ids = (7, 8, 2, 11, 3, 4, 9)[: swap_blocks_for(tokens)]
     kv = torch.randn(2, heads, tokens, head_dim)
-    for part in pool.parts(block_ids, tokens):
-        flat = torch.zeros(2, heads, len(part.ids) * SWAP_BLOCK_TOKENS, head_dim)
+    for part in pool.parts(block_ids, tokens, pool.codecs[0]):
+        ids = part.block_ids
+        assert part.out.untyped_storage().data_ptr() == pool._staging.untyped_storage().data_ptr()
+        flat = torch.zeros(2, heads, len(ids) * SWAP_BLOCK_TOKENS, head_dim)
         flat[:, :, : part.tokens.stop - part.tokens.start] = kv[:, :, part.tokens]
-        paged = flat.unflatten(2, (len(part.ids), part.staging.shape[2], -1))
-        part.staging.copy_(paged.permute(2, 1, 3, 0, 4, 5))
+        paged = flat.unflatten(2, (len(ids), PAGES_PER_BLOCK, -1)).permute(2, 1, 3, 0, 4, 5)
+        part.out.copy_(paged.flatten(2).contiguous().view(torch.uint8))
         pool.send(layer, part)
     pool.join()
     assert pool.device_pages is pool.pages
@@ -77,11 +80,11 @@ def test_encoded_kv_by_way_of_staging(name: str, monkeypatch: pytest.MonkeyPatch
     codec = pool.codecs[number_of(name)]
     block_ids = (7, 8, 2, 11, 3, 4, 9)[: codec.blocks_for(tokens)]
     keys, values = torch.randn(2, heads, tokens, head_dim)
-    plain.write(0, torch.tensor(block_ids), keys, values, name)
+    plain.write(0, block_ids, keys, values, name)
     sent = []
-    for part in pool.parts(block_ids, tokens, codec.tokens_per_block):
+    for part in pool.parts(block_ids, tokens, codec):
         encoded = codec.encode(keys[:, part.tokens], values[:, part.tokens])
-        part.staging.flatten(2).view(torch.uint8).copy_(encoded.blocks.transpose(0, 1))
+        part.out.copy_(encoded.blocks.transpose(0, 1))
         pool.send(0, part)
         sent.append(part.tokens)
     assert sent[0].start == 0 and sent[-1].stop == tokens
@@ -121,8 +124,8 @@ def test_copies_that_are_late(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "_copy", lambda *work: late.queue.append(lambda: copy(*work)))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: compute)
-    for part in pool.parts(tuple(range(7)), 7 * SWAP_BLOCK_TOKENS):
-        part.staging.copy_(torch.tensor([1.0 + i for i in part.block_ids])[:, None, None, None, None, None])
+    for part in pool.parts(tuple(range(7)), 7 * SWAP_BLOCK_TOKENS, pool.codecs[0]):
+        part.out.view(torch.float32).copy_(torch.tensor([1.0 + i for i in part.block_ids])[:, None, None])
         pool.send(0, part)
     assert late.waits == [compute] * 4, "a copy begins after what fills its buffer"
     written = [pool.pages[0, i].unique().tolist() for i in range(7)]
@@ -133,16 +136,22 @@ def test_copies_that_are_late(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_worker_is_counted_to_the_byte() -> None:
     shape = ModelShape(3, 8, 2, 64, torch.float32, 1000)
-    worker = CaliDropCudaWorker(SimpleNamespace(), ["a", "b", "c"], shape, 12, PoolSizes(4, 0, 0), CPU, 5)
-    sequences = worker.slots.sequences
-    held = [worker.step.table, worker.slots._device, sequences.swap_blocks, sequences.layouts, *worker._scratch]
-    assert sum(tensor.nbytes for tensor in held) == CaliDropCudaWorker.num_bytes(shape, 12, 5)
-    staged = worker.pool._staging.nbytes + worker.pool._ids.nbytes
-    assert staged == staging_bytes(4, 2, 64, torch.float32)
+    worker = cuda_worker(shape, num_slots=12, swap_blocks=4, max_rows=5)
+    sequences, recall = worker.slots.sequences, worker.slots.recall
+    held = [worker.step.table, *worker.slots._device, sequences.swap_blocks, sequences.layouts]
+    held += [recall.sketch_blocks, recall.buffer_ids]
+    assert sum(tensor.nbytes for tensor in held) == CaliDropWorker.table_bytes(1000, 12, 5)
+    operators, pool = worker.operators, worker.pool
+    assert isinstance(operators, TritonSet) and isinstance(pool, PinnedSwapPool)
+    assert sum(tensor.nbytes for tensor in operators._scratch) == TritonSet.scratch_bytes(operators.model, 5)
+    assert pool._staging.nbytes == staging_bytes(4, 2, 64, torch.float32)
+    state = [worker.table.query, worker.table.out, worker.table.lse, worker.table.counts]
+    assert sum(tensor.nbytes for tensor in state) == 12 * StateTable.slot_bytes(3, 8, 64, torch.float32)
 
 
 def test_kv_pool_leaves_room_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     shape, settings = ModelShape(3, 8, 2, 64, torch.bfloat16, 1000), ServerSettings()
+    monkeypatch.setenv(CHOICE_VARIABLE, "triton")
     ours = device_bytes(shape, 12, 5, 512, settings)
     assert ours > compaction_bytes(shape, 512) + settings.prefill_state_bytes
     longer = ModelShape(3, 8, 2, 64, torch.bfloat16, 2000)
@@ -173,6 +182,27 @@ def test_the_cache_in_either_layout(token_major: bool) -> None:
     assert key.shape == value.shape == (3, 2, 16, 4)
     assert torch.equal(key, cache[..., :4]) and torch.equal(value, cache[..., 4:])
     assert key.untyped_storage().data_ptr() == cache.untyped_storage().data_ptr(), "views, not copies"
+
+
+@pytest.mark.parametrize("token_major", [True, False])
+def test_the_cache_by_tokens(token_major: bool) -> None:
+    """What was put at positions of a sequence is there, by positions of each KV head and by whole blocks; else NaN."""
+    cache = torch.full((7, 2, 16, 8), torch.nan)
+    if token_major:
+        cache = cache.transpose(1, 2).contiguous().transpose(1, 2)
+    tokens, blocks = StridedCache(cache), torch.tensor([5, 0, 3, 6], dtype=torch.int32)
+    keys, values = torch.randn((2, 2, 37, 4))
+    tokens.put(blocks, 11, keys, values)
+    index = torch.stack([torch.randperm(37)[:9].sort().values for _ in range(2)])
+    taken = tokens.take(blocks, index + 11)
+    for found, put in zip(taken, (keys, values), strict=True):
+        assert torch.equal(found, put.gather(1, index.unsqueeze(-1).expand(-1, -1, 4)))
+    whole = tokens.read(blocks[None])
+    for found, put in zip(whole, (keys, values), strict=True):
+        assert (
+            torch.equal(found[0, :, 11:48], put) and found[0, :, :11].isnan().all() and found[0, :, 48:].isnan().all()
+        )
+    assert cache[[1, 2, 4]].isnan().all()
 
 
 def test_what_vllm_is_told() -> None:
@@ -224,13 +254,16 @@ def test_requests_without_kernels_on_cuda(monkeypatch: pytest.MonkeyPatch) -> No
     asked: list[dict[str, Any]] = [{"kv_recall": "pages"}, {"kv_codec": "int8"}, {"kv_read_budget": 4096}]
     for names in asked:
         refuse_settings(RequestSettings(kv_budget=64, **names))
-    monkeypatch.setattr("vllm_calidrop.ops.flavour.uses_cuda_flavour", lambda: True)
-    for op, refused in (("triton", asked[:1]), ("xformers", asked)):
+    monkeypatch.setattr("vllm_calidrop.ops.registry.uses_cuda_flavour", lambda: True)
+    for op, serves, refused in (
+        ("auto", "triton", asked[:1]), ("triton", "triton", asked[:1]), ("xformers", "xformers", asked),
+        ("reference", "reference", []),
+    ):  # fmt: skip
         monkeypatch.setenv(CHOICE_VARIABLE, op)
         for names in asked:
             (field,) = names
             if names in refused:
-                reason = rf"{field} \(.*\) is not supported (on CUDA|with .*=xformers)"
+                reason = rf"{field} \(.*\) is not supported by the {serves} operators"
                 with pytest.raises(SettingsError, match=reason) as no:
                     refuse_settings(RequestSettings(kv_budget=64, **names))
                 assert no.value.field == field

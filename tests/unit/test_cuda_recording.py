@@ -17,15 +17,14 @@ import torch
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_calidrop.attention.cuda_metadata import CaliDropCudaMetadataBuilder
-from vllm_calidrop.memory import ModelShape, PoolSizes
+from tests.support.workers import CPU, cuda_worker
+from vllm_calidrop.attention.cuda import CaliDropCudaMetadataBuilder
+from vllm_calidrop.memory import ModelShape
 from vllm_calidrop.records import SequenceRecord, StepRecords
 from vllm_calidrop.scheduler.spec import CaliDropSpec
-from vllm_calidrop.worker.cuda_worker import CaliDropCudaWorker
 from vllm_calidrop.worker.worker import step_of
 
 RECORDINGS = sorted((Path(__file__).parent / "recordings").glob("*.json"))
-CPU = torch.device("cpu")
 NUM_SLOTS, MAX_LEN = 64, 2048
 
 
@@ -39,9 +38,7 @@ class Replay:
     def __init__(self, about: dict[str, Any]) -> None:
         self.block_size = about["block_size"]
         shape = ModelShape(1, 4, 2, 64, torch.float32, MAX_LEN)
-        self.worker = CaliDropCudaWorker(
-            SimpleNamespace(), ["a"], shape, NUM_SLOTS, PoolSizes(0, 0, 0), CPU, about["max_rows"]
-        )
+        self.worker = cuda_worker(shape, num_slots=NUM_SLOTS, swap_blocks=0, max_rows=about["max_rows"])
         self.mode = CUDAGraphMode.NONE
         layer = SimpleNamespace(impl=SimpleNamespace(worker=self.worker, num_heads=4))
         self.compilation = SimpleNamespace(static_forward_context={"a": layer}, cudagraph_mode=self.mode)

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from vllm_calidrop.metrics import COMPACTION_SECONDS, SIMILARITY
+from vllm_calidrop.ops.similarity import observe_similarity, similarity_histogram
 from vllm_calidrop.scheduler.reports import Shape
 from vllm_calidrop.scheduler.totals import Totals
-from vllm_calidrop.worker.measures import Measures, observe_similarity, similarity_histogram
+from vllm_calidrop.worker.measures import Measures
 
 
 def bucket(bound: float) -> int:

@@ -34,8 +34,10 @@ from vllm_calidrop.memory import (
     swap_block_bytes,
     swap_bytes_beside,
 )
-from vllm_calidrop.ops.choice import CHOICE_VARIABLE, uses_native
+from vllm_calidrop.ops.base import ModelKV, OperatorSet
+from vllm_calidrop.ops.cpp import CppSet
 from vllm_calidrop.ops.packed import PackedCache
+from vllm_calidrop.ops.reference import ReferenceSet
 from vllm_calidrop.records import RecallRecord, SequenceRecord
 from vllm_calidrop.scheduler.build import size_pools
 from vllm_calidrop.scheduler.spec import CaliDropSpec
@@ -45,6 +47,7 @@ from vllm_calidrop.worker.prefill import PrefillRow
 from vllm_calidrop.worker.room import leave_room
 from vllm_calidrop.worker.sequences import Sequence
 from vllm_calidrop.worker.state_table import StateTable
+from vllm_calidrop.worker.worker import CaliDropWorker
 
 GIB = 2**30
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -70,7 +73,6 @@ def test_state_table_is_counted_to_the_byte(
 ) -> None:
     table = StateTable(layers, slots, kv_heads, group, head_dim, dtype)
     shape = make_shape(layers, kv_heads, group, head_dim, dtype=dtype)
-    table.similarity = table.similarity[:0]  # a histogram of the worker's, the same whatever there is of slots
     allocated = bytes_of(*(value for value in vars(table).values() if isinstance(value, torch.Tensor)))
     assert footprint(shape, slots, ServerSettings()).state_table == allocated
 
@@ -147,19 +149,21 @@ def one_prompt(
     return row, PackedCache(kv_cache, "vec")
 
 
-def share_taken(shape: ModelShape, budget: int, by_pages: bool, policy: str) -> float:
+def share_taken(operators: type[OperatorSet], shape: ModelShape, budget: int, by_pages: bool, policy: str) -> float:
     """What scoring and compacting the longest prompt takes of what is promised for it."""
     row, cache = one_prompt(shape, policy, budget, budget, by_pages)
     group, blocks = shape.num_query_heads // shape.num_kv_heads, swap_blocks_for(shape.max_model_len)
-    table = StateTable(1, 1, shape.num_kv_heads, group, shape.head_dim, shape.dtype)
     pool = SwapPool(1, blocks, shape.num_kv_heads, shape.head_dim, shape.dtype)
-    store = RecallStore(1, 1, blocks, 0, shape.num_kv_heads, shape.head_dim, shape.dtype)
+    model = ModelKV(shape.dtype, shape.num_kv_heads, group, shape.head_dim, 32, "vec")
+    worker = CaliDropWorker(
+        SimpleNamespace(), ["a"], shape, 1, PoolSizes(blocks, blocks, 0), 1, torch.device("cpu"), pool, operators, model
+    )
     queries = torch.randn((shape.max_model_len, shape.num_query_heads, shape.head_dim)).to(shape.dtype)
     scale = shape.head_dim**-0.5
 
     def work() -> None:
-        observe_chunk(row, 0, queries, cache, scale)
-        compact(row, 0, queries[-1], cache, pool, table, store, scale)
+        observe_chunk(row, 0, queries, cache, worker.operators, scale)
+        compact(row, 0, queries[-1], cache, worker, scale)
 
     stash = POLICIES[policy].prefill_bytes(replace(shape, num_layers=1), budget, shape.max_model_len)
     return peak_of(work) / (footprint(shape, 1, ServerSettings()).scratch + stash)
@@ -178,19 +182,15 @@ def share_taken(shape: ModelShape, budget: int, by_pages: bool, policy: str) -> 
     ],
     ids=str,
 )
-def test_compaction_stays_inside_the_promised_scratch(
-    shape: ModelShape, budget: int, by_pages: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compaction_stays_inside_the_promised_scratch(shape: ModelShape, budget: int, by_pages: bool) -> None:
     """With every policy, compiled and in torch; the promise is for the one of them that takes most.
 
     The observation window is the whole budget: a request may ask for that.
     """
-    shares = []
-    for operators, policy in itertools.product(("native", "torch"), ("snapkv", "h2o", "streaming_llm")):
-        uses_native.cache_clear()
-        monkeypatch.setenv(CHOICE_VARIABLE, operators)
-        shares.append(share_taken(shape, budget, by_pages, policy))
-    uses_native.cache_clear()
+    shares = [
+        share_taken(operators, shape, budget, by_pages, policy)
+        for operators, policy in itertools.product((CppSet, ReferenceSet), POLICIES)
+    ]
     assert 0.1 < max(shares) <= 1, shares
 
 

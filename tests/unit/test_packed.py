@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from vllm_calidrop.ops.choice import TakeOp
-from vllm_calidrop.ops.cpp import take as native_take
 from vllm_calidrop.ops.packed import PackedCache, block_offsets
 
 AMX = torch.cpu._is_amx_tile_supported()
@@ -85,10 +81,9 @@ def test_reads_what_vllm_wrote(isa: str, dtype: torch.dtype, block_size: int, he
             assert torch.equal(read_values[row, :, there], values[wrote].transpose(0, 1))
 
 
-@pytest.mark.parametrize("take", [PackedCache.take, native_take.take], ids=["torch", "native"])
 @CASES
 def test_takes_each_heads_own_tokens(
-    isa: str, dtype: torch.dtype, block_size: int, head_dim: int, take: TakeOp, monkeypatch: pytest.MonkeyPatch
+    isa: str, dtype: torch.dtype, block_size: int, head_dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever is taken at once; never written tokens are NaN, so a wrong place is seen."""
     monkeypatch.setattr("vllm_calidrop.ops.packed._TAKEN_AT_ONCE", 7)
@@ -99,20 +94,22 @@ def test_takes_each_heads_own_tokens(
     slots = blocks[position // block_size].long() * block_size + position % block_size
     write_as_vllm_does(tensor, keys, values, slots, isa)
     index = torch.stack([torch.randperm(tokens)[: block_size + 3].sort().values for _ in range(KV_HEADS)])
-    taken = take(PackedCache(tensor, isa), blocks, index)
+    taken = PackedCache(tensor, isa).take(blocks, index)
     for found, written in zip(taken, (keys, values), strict=True):
         assert torch.equal(found, torch.stack([written[index[head], head] for head in range(KV_HEADS)]))
 
 
 @CASES
-def test_writes_single_tokens_beside_others(isa: str, dtype: torch.dtype, block_size: int, head_dim: int) -> None:
-    """Compaction overwrites some slots of a block; the slots around them keep what they hold."""
+def test_puts_tokens_beside_others(isa: str, dtype: torch.dtype, block_size: int, head_dim: int) -> None:
+    """Compaction overwrites some slots of a sequence's blocks; the slots around them keep what they hold."""
     packed = PackedCache(cache := empty_cache(block_size, head_dim, dtype), isa)
     keys, values = random_kv(BLOCKS * block_size, head_dim, dtype)
     write_as_vllm_does(cache, keys, values, torch.arange(BLOCKS * block_size), isa)
-    slots = torch.tensor(random.Random(head_dim).sample(range(BLOCKS * block_size), 2 * block_size + 3))
-    new_keys, new_values = random_kv(len(slots), head_dim, dtype)
-    packed.write(new_keys, new_values, slots)
+    blocks, first = torch.tensor([2, 4, 0], dtype=torch.int32), block_size - 3
+    new_keys, new_values = random_kv(block_size + 7, head_dim, dtype)
+    packed.put(blocks, first, new_keys.transpose(0, 1), new_values.transpose(0, 1))
+    position = first + torch.arange(block_size + 7)
+    slots = blocks[position // block_size].long() * block_size + position % block_size
     keys[slots], values[slots] = new_keys, new_values
     read_keys, read_values = packed.read(torch.arange(BLOCKS)[None])
     assert torch.equal(read_keys[0], keys.transpose(0, 1))

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_calidrop.algorithm.calibration import AttentionState, Decision
+from vllm_calidrop.ops.state import count_decision, store_state
 from vllm_calidrop.records import COUNTERS
 from vllm_calidrop.worker.state_table import StateTable
 
@@ -28,7 +29,7 @@ def test_put_is_for_one_layer_of_one_slot() -> None:
     table = make_table()
     places = {(layer, slot): some_state(10 * layer + slot) for layer in range(LAYERS) for slot in (0, 2)}
     for (layer, slot), (query, state) in places.items():
-        table.put(layer, slot, query, state)
+        store_state(table.layers[layer], slot, query, state)
     for (layer, slot), (query, state) in places.items():
         assert torch.equal(table.query[layer, slot], query)
         assert torch.equal(table.out[layer, slot], state.out)
@@ -42,7 +43,7 @@ def test_a_new_sequence_starts_from_nothing_and_disturbs_nobody() -> None:
     table = make_table()
     for layer in range(LAYERS):
         for slot in (1, 2):
-            table.put(layer, slot, *some_state(slot))
+            store_state(table.layers[layer], slot, *some_state(slot))
     table.counts[:] = 5
     table.admit(1)
     assert (table.query[:, 1] == 0).all() and (table.out[:, 1] == 0).all()
@@ -55,7 +56,7 @@ def test_a_new_sequence_starts_from_nothing_and_disturbs_nobody() -> None:
 def test_queries_have_the_models_dtype_and_lose_nothing(dtype: torch.dtype) -> None:
     table = make_table(dtype)
     query, state = some_state(3)
-    table.put(0, 1, query.to(dtype), state)
+    store_state(table.layers[0], 1, query.to(dtype), state)
     assert table.query.dtype == dtype and torch.equal(table.query[0, 1], query.to(dtype))
     assert table.out.dtype == table.lse.dtype == torch.float32
 
@@ -80,7 +81,7 @@ def test_counts_against_counting_one_by_one(steps: list[tuple[int, list[int], li
         rows = [letters[HEADS * row : HEADS * (row + 1)] for row in range(len(slots))]
         grid = [[row[GROUP * head : GROUP * (head + 1)] for head in range(KV_HEADS)] for row in rows]
         recompute, merge = (torch.tensor([[[c == what for c in g] for g in row] for row in grid]) for what in "rm")
-        table.count(layer, torch.tensor(slots), Decision(recompute, merge))
+        count_decision(table.layers[layer], torch.tensor(slots), Decision(recompute, merge))
         for slot, row in zip(slots, grid):
             for group in row:
                 expected[slot][layer]["group_reads"] += "r" in group

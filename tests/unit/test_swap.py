@@ -111,7 +111,7 @@ def test_what_is_written_is_read(lengths: list[int], random: Any, dtype: torch.d
     for layer in range(LAYERS):
         for sequence, tokens in enumerate(lengths):
             kv = random_kv(generator, tokens, dtype)
-            pool.write(layer, torch.tensor(blocks_of[sequence]), *kv)
+            pool.write(layer, tuple(blocks_of[sequence]), *kv)
             written[layer, sequence] = kv
 
     pairs = [(sequence, kv_head) for sequence in range(len(lengths)) for kv_head in range(KV_HEADS)]
@@ -146,7 +146,7 @@ def test_mixed_codecs_in_one_pool(runs: list[tuple[str, int]], seed: int) -> Non
         codec = pool.codecs[number_of(name)]
         blocks = torch.tensor([ids.pop() for _ in range(codec.blocks_for(tokens))])
         keys, values = torch.randn((2, KV_HEADS, tokens, 16), generator=generator).to(torch.bfloat16)
-        assert not pool.write(1, blocks, keys, values, name).any()
+        assert not pool.write(1, tuple(blocks.tolist()), keys, values, name).any()
         written.append((codec, blocks, keys, values))
     for codec, blocks, keys, values in written:
         heads, tokens = torch.arange(KV_HEADS), keys.shape[1]
@@ -165,7 +165,7 @@ def test_mixed_codecs_in_one_pool(runs: list[tuple[str, int]], seed: int) -> Non
 def test_a_write_touches_its_own_blocks_and_layer_only() -> None:
     pool = make_pool(4)
     pool.pages.fill_(7.0)
-    pool.write(1, torch.tensor([2, 0]), *random_kv(torch.Generator().manual_seed(0), 130, torch.float32))
+    pool.write(1, (2, 0), *random_kv(torch.Generator().manual_seed(0), 130, torch.float32))
     assert (pool.pages[0] == 7).all()
     assert (pool.pages[1, [1, 3]] == 7).all()
     assert not (pool.pages[1, [0, 2]] == 7).any(), "what lies beyond the last token is zero, not what lay there before"
@@ -175,7 +175,7 @@ def test_a_page_of_a_head_is_one_run() -> None:
     """Recall will read 16-token pages of one KV head alone: K run, then V run, head_dim innermost."""
     pool = make_pool(3)
     keys, values = random_kv(torch.Generator().manual_seed(0), 200, torch.float32)
-    pool.write(0, torch.tensor([2, 1]), keys, values)
+    pool.write(0, (2, 1), keys, values)
     page = pool.pages[0, 1, 2, 3]  # layer 0, second block, KV head 2, page 3: tokens 176 to 191
     assert page.is_contiguous()
     first = SWAP_BLOCK_TOKENS + 3 * PAGE_TOKENS

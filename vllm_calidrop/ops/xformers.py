@@ -49,7 +49,7 @@ class XformersSet(TritonSet):
 
     def cache_of(self, kv_cache: Tensor) -> KVCache:
         cache = super().cache_of(kv_cache)
-        if _token_major(cache) is None and _head_major(cache) is None:
+        if not can_read(cache):
             raise ValueError(
                 f"xFormers cannot read a cache [blocks, KV heads, tokens, head_dim] with strides {cache.key.stride()}"
             )
@@ -59,6 +59,11 @@ class XformersSet(TritonSet):
         tables = self.tables
         state, scratch = tables.states[layer], self.scratch(len(rows.slot))
         decode_step(query, out, cache, self.pages(layer), rows, tables.sequences, state, scratch, scale)
+
+
+def can_read(cache: KVCache) -> bool:
+    """Whether tokens lie so that xFormers can be told where: equally far apart, tokens or heads outside."""
+    return _token_major(cache) is not None or _head_major(cache) is not None
 
 
 def decode_step(

@@ -18,7 +18,7 @@ from vllm_calidrop.ops.base import ModelKV, OperatorSet, Tables
 from vllm_calidrop.ops.contract import NO_BUDGET, Rows
 from vllm_calidrop.ops.cpp import build, library
 from vllm_calidrop.ops.packed import PackedCache
-from vllm_calidrop.ops.reference.decode import decode as reference_decode
+from vllm_calidrop.ops.reference.decode import decode_rows as reference_decode
 
 
 class CppSet(OperatorSet):

@@ -12,7 +12,7 @@ from vllm_calidrop.algorithm.policies import h2o
 from vllm_calidrop.ops.base import OperatorSet
 from vllm_calidrop.ops.contract import Rows
 from vllm_calidrop.ops.packed import PackedCache
-from vllm_calidrop.ops.reference.decode import decode
+from vllm_calidrop.ops.reference.decode import decode_rows
 from vllm_calidrop.ops.strided import StridedCache
 
 Cache = PackedCache | StridedCache
@@ -40,4 +40,4 @@ class ReferenceSet(OperatorSet):
         cache.put(blocks, first_position, keys, values)
 
     def decode(self, query: Tensor, out: Tensor, cache: Cache, layer: int, rows: Rows, scale: float) -> None:
-        decode(query, out, cache, layer, rows, self.tables, scale)
+        decode_rows(query, out, cache, layer, rows, self.tables, scale)

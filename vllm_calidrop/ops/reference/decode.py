@@ -26,7 +26,7 @@ class ReadableCache(Protocol):
     def read(self, blocks: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
-def decode(
+def decode_rows(
     query: Tensor, out: Tensor, cache: ReadableCache, layer: int, rows: Rows, tables: Tables, scale: float
 ) -> None:
     """The decode step of one layer; query, out: [tokens, Hq, D]."""

@@ -1,4 +1,4 @@
-"""Both implementations of the operators, in the real engine, against the reference and, reading every page, full KV."""
+"""Both operator sets of the CPU, in the real engine, against the reference and, reading every page, full KV."""
 
 from __future__ import annotations
 
@@ -7,24 +7,23 @@ import pytest
 from tests.engine.cases import MODEL, CachedReference, ask_of, covering_combinations, prompt_of
 from tests.engine.harness import Ask, Engine, assert_equal_to_reference
 from tests.engine.test_recall import PAGES, asks_of
-from vllm_calidrop.ops import choice as decode
+from vllm_calidrop.ops import registry
 from vllm_calidrop.ops.cpp import build
 
 pytestmark = pytest.mark.engine
 
-OPERATORS = [
-    "torch",
-    pytest.param("native", marks=pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")),
+SETS = [
+    "reference",
+    pytest.param("cpp", marks=pytest.mark.skipif(build.find_compiler() is None, reason="no C++ compiler")),
 ]
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operators", SETS)
 @pytest.mark.parametrize("block_size", [16, 32])
 def test_equals_the_reference(
-    operator: str, block_size: int, monkeypatch: pytest.MonkeyPatch, reference: CachedReference
+    operators: str, block_size: int, monkeypatch: pytest.MonkeyPatch, reference: CachedReference
 ) -> None:
-    monkeypatch.setenv(decode.CHOICE_VARIABLE, operator)
-    decode.uses_native.cache_clear()
+    monkeypatch.setenv(registry.CHOICE_VARIABLE, operators)
     engine = Engine(MODEL, block_size=block_size)
     asks = [ask_of(combination, seed) for seed, combination in enumerate(covering_combinations())][::3]
     asks += asks_of(seed=2)[:27:4]
@@ -32,11 +31,9 @@ def test_equals_the_reference(
     every_page = {"kv_budget": 64, "kv_recall_theta": 2.0, "kv_recall_eps": 0.0, "kv_recall_pages": 1000, **PAGES}
     whole = [Ask(ask.prompt, ask.max_tokens, every_page) for ask in full]
     try:
-        assert decode.decode_op().__module__.endswith({"torch": "cpu", "native": "native"}[operator])
-        assert decode.recall_op().__module__.endswith({"torch": "ops.recall", "native": "native.recall"}[operator])
+        assert engine.worker.calidrop.operators.name == operators
         assert_equal_to_reference(asks, engine.ask(asks), [reference(ask) for ask in asks])
         assert [answer.tokens for answer in engine.ask(whole)] == [answer.tokens for answer in engine.ask(full)]
         engine.assert_nothing_in_use()
     finally:
         engine.close()
-        decode.uses_native.cache_clear()
