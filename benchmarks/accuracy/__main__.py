@@ -23,6 +23,7 @@ from benchmarks.accuracy import config as configuration
 from benchmarks.accuracy import plots, report, run, server, summary
 from benchmarks.accuracy.cells import cells_of
 from benchmarks.accuracy.config import Config
+from benchmarks.accuracy.models import source_of
 from benchmarks.accuracy.store import read
 
 RESULTS = Path(__file__).parent / "results"
@@ -87,6 +88,7 @@ def _claim(config: Config, folder: Path, base_url: str | None) -> None:
         "model": model,
         "fingerprint": run.fingerprint(config.server.model) if config.server else None,
         "mode": config.client.mode,
+        "source": source_of(config.server.model) if config.server else None,
         "versions": _versions() if base_url is None else {},
     }
     path = folder / "run.json"

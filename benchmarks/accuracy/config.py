@@ -17,7 +17,10 @@ class _Strict(BaseModel):
 
 
 class Server(_Strict):
-    """The server this command starts where no base URL is given; `tokenizer` defaults to the model."""
+    """The server this command starts where no base URL is given; `tokenizer` defaults to the model.
+
+    `model` is a folder, a name that vLLM can load, or a name of `python -m benchmarks.models --list`.
+    """
 
     model: str
     tokenizer: str | None = None

@@ -18,10 +18,12 @@ from benchmarks.accuracy.cells import Cell, cells_of
 from benchmarks.accuracy.client import Endpoint, Reply, drive, request_body
 from benchmarks.accuracy.config import Config
 from benchmarks.accuracy.metrics import score
+from benchmarks.accuracy.models import folder_of
 from benchmarks.accuracy.samples import Sample
 from benchmarks.accuracy.store import Store, key_of
 from benchmarks.accuracy.tasks import samples_of
 from benchmarks.accuracy.tokens import Tokens
+from benchmarks.models import CATALOGUE
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,15 @@ def samples_for(config: Config, tokenizer: str | None, limit: int | None) -> lis
     tasks = config.tasks
     if limit is not None:
         tasks = [entry.model_copy(update={"count": min(entry.count, limit)}) for entry in tasks]
-    return samples_of(tasks, Tokens(tokenizer))
+    return samples_of(tasks, Tokens(folder_of(tokenizer) if tokenizer else None))
 
 
 def fingerprint(model: str) -> str | None:
-    """Hash of a local model's weights (large files: their size and time), so that a resumed run is one model's."""
+    """Hash of a local model's weights (large files: their size and time), so that a resumed run is one model's. Of a
+    model of the catalogue: of the hashes that its packages are pinned by."""
+    if model in CATALOGUE:
+        pins = " ".join(package.sha256 for package in CATALOGUE[model].packages)
+        return hashlib.sha256(pins.encode()).hexdigest()[:16]
     folder = Path(model)
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")])
     if not files:

@@ -16,8 +16,15 @@ from pathlib import Path
 import httpx
 
 from benchmarks.accuracy.config import Server
+from benchmarks.accuracy.models import serve_arguments
 
-ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    # Otherwise vLLM's CPU worker binds itself to the first core, and two servers of one machine share it.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 
 
 def _free_port() -> int:
@@ -38,7 +45,7 @@ def _program() -> str:
 def serving(server: Server, log: Path) -> Iterator[str]:
     """The base URL of a server that answers; it is stopped on exit. What it prints goes to `log`."""
     port = _free_port()
-    command = [_program(), "serve", server.model, "--host", "127.0.0.1", "--port", str(port), *server.args]
+    command = [_program(), "serve", *serve_arguments(server.model), "--host", "127.0.0.1", "--port", str(port), *server.args]
     environment = {**ENVIRONMENT, **os.environ, **server.env}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:

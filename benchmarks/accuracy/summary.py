@@ -12,6 +12,7 @@ import numpy as np
 
 from benchmarks.accuracy.cells import Cell, cells_of
 from benchmarks.accuracy.config import Config
+from benchmarks.accuracy.models import folder_of
 from benchmarks.accuracy.samples import Sample
 from benchmarks.accuracy.store import read
 
@@ -29,7 +30,7 @@ class ModelShape(NamedTuple):
 def shape_of(config: Config) -> ModelShape:
     if config.kv_heads is not None or config.server is None:
         return ModelShape(config.kv_heads)
-    path = Path(config.server.model) / "config.json"
+    path = Path(folder_of(config.server.model)) / "config.json"
     if not path.exists():
         return ModelShape(None)
     model = json.loads(path.read_text())
