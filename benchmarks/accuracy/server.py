@@ -45,7 +45,16 @@ def _program() -> str:
 def serving(server: Server, log: Path) -> Iterator[str]:
     """The base URL of a server that answers; it is stopped on exit. What it prints goes to `log`."""
     port = _free_port()
-    command = [_program(), "serve", *serve_arguments(server.model), "--host", "127.0.0.1", "--port", str(port), *server.args]
+    command = [
+        _program(),
+        "serve",
+        *serve_arguments(server.model),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        *server.args,
+    ]
     environment = {**ENVIRONMENT, **os.environ, **server.env}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:

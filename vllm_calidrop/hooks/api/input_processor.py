@@ -102,6 +102,10 @@ def _attaching_record(original: Callable[..., Any]) -> Callable[..., Any]:
         if server is None or not isinstance(params, SamplingParams):
             return original(self, request_id, prompt, params, *args, **kwargs)
         settings = settings_or_400(params.extra_args or {}, server)
+        if "forced_token_ids" in (params.extra_args or {}):
+            from vllm_calidrop.forcing import check_vocabulary
+
+            check_vocabulary(params.extra_args, self.model_config.get_vocab_size())
         request = original(self, request_id, prompt, params, *args, **kwargs)
         if request.resumable and settings.compresses:
             raise bad_request(
