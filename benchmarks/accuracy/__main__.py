@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy import config as configuration
-from benchmarks.accuracy import plots, report, run, server, summary
+from benchmarks.accuracy import report, run, server, summary
 from benchmarks.accuracy.cells import cells_of
 from benchmarks.accuracy.config import Config
 from benchmarks.accuracy.models import source_of
 from benchmarks.accuracy.store import read
+from benchmarks.extras import need
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -52,6 +53,7 @@ def main() -> int:
     if args.dry_run:
         print(_estimate(config, len(samples), folder))
         return 0
+    need("matplotlib", "rapidfuzz", "rouge_score")
     failures: list[str] = []
     if not args.report_only:
         if args.base_url is not None:
@@ -73,6 +75,8 @@ def main() -> int:
 
 
 def write_report(config: Config, samples: list[Any], folder: Path) -> None:
+    from benchmarks.accuracy import plots
+
     figures = summary.summarize(config, samples, folder)
     figures["run"] = about = json.loads((folder / "run.json").read_text())
     (folder / "summary.json").write_text(json.dumps(figures, indent=1) + "\n")

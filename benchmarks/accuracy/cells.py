@@ -52,7 +52,7 @@ class Cell:
         if self.policy is None:
             return "FullKV"
         if self.recall is not None:
-            return "+pages" + "".join(f" {name.removeprefix('kv_recall_')} {v:g}" for name, v in self.recall.items())
+            return "+pages" + "".join(f" {name.removeprefix('kv_recall_')} {v}" for name, v in self.recall.items())
         if self.thresholds is None:
             return NAMES[self.policy]
         theta1, theta2 = self.thresholds
@@ -91,5 +91,7 @@ def cells_of(sweep: Sweep) -> list[Cell]:
                 number = stored.get("kv_calibration_size")
                 cells += [Cell(policy, budget, pair, "group", number, sweep.extra, stored=others) for pair in pairs]
             cells += [Cell(policy, budget, extra=sweep.extra, recall=recall) for recall in sweep.recall]
+    for budget in sweep.evicted_only_budgets:
+        cells += [Cell(policy, budget, extra=sweep.extra) for policy in sweep.policies]
     assert len({cell.id for cell in cells}) == len(cells), "the sweep names a cell twice"
     return cells

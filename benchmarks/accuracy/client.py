@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -63,9 +64,25 @@ class Endpoint:
         )
 
     async def model(self) -> str:
-        """The name to ask for: the one given, else the first the server lists."""
+        """The name to ask for: the one given, else the first the server lists.
+
+        A server that does not answer yet is waited for; SystemExit when it takes longer than `patience`.
+        """
+        deadline = time.monotonic() + self.settings.patience
+        waiting = False
+        while True:
+            try:
+                found = await self._api.models.list(timeout=30)
+                break
+            except TRANSIENT as error:
+                if time.monotonic() > deadline:
+                    raise SystemExit(f"no server answers at {self._api.base_url}: {error}") from None
+                if not waiting:
+                    print(f"waiting for the server at {self._api.base_url}", file=sys.stderr, flush=True)
+                waiting = True
+                await asyncio.sleep(2)
         if self._model is None:
-            self._model = (await self._api.models.list()).data[0].id
+            self._model = found.data[0].id
         return self._model
 
     async def ask(self, body: dict[str, Any]) -> Reply:

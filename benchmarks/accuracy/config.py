@@ -36,6 +36,8 @@ class Client(_Strict):
     concurrency: int = Field(default=8, ge=1)
     retries: int = Field(default=6, ge=0)
     timeout: float = Field(default=600, gt=0)
+    # Seconds that a server of --base-url may take to answer at all: it may be loading its model.
+    patience: float = Field(default=600, ge=0)
     temperature: float = 0
     extra_body: dict[str, Any] = {}
 
@@ -56,7 +58,8 @@ class Sweep(_Strict):
     one row per pair of thresholds; `reuse_off`: values of theta1 also run with theta2 = 2 (nothing stored is used);
     `threshold_policies`: the policies that have those rows, all by default; `stored`: further rows of each pair of
     thresholds with settings of how evicted KV is stored and read: kv_codec, kv_read_budget, kv_calibration_size
-    (docs/swap.md); `recall`: settings of rows that recall by pages (docs/recall.md), `{}` for the defaults.
+    (docs/swap.md); `recall`: settings of rows that recall by pages (docs/recall.md), `{}` for the defaults;
+    `evicted_only_budgets`: further evicted-only rows of every policy, say with the memory that codes take.
     """
 
     full: bool = True
@@ -69,7 +72,8 @@ class Sweep(_Strict):
     gates: list[Gate] = ["group"]
     calibration_sizes: list[int | Literal["all"]] = ["all"]
     stored: list[dict[str, int | str]] = []
-    recall: list[dict[str, int | float]] = []
+    recall: list[dict[str, int | float | str]] = []
+    evicted_only_budgets: list[int] = []
     extra: dict[str, Any] = {}
 
 

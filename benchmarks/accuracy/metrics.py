@@ -7,9 +7,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cache
-
-from rapidfuzz import fuzz
-from rouge_score.rouge_scorer import RougeScorer
+from typing import Any
 
 from benchmarks.accuracy.samples import Sample
 
@@ -68,7 +66,9 @@ def rouge_l(text: str, sample: Sample) -> float:
 
 
 @cache
-def _rouge() -> RougeScorer:
+def _rouge() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
     return RougeScorer(["rougeL"])
 
 
@@ -96,6 +96,8 @@ def code_similarity(text: str, sample: Sample) -> float:
     """Edit similarity of the first line that is neither fence nor comment; the best answer counts."""
     lines = text.lstrip("\n").split("\n")
     line = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
+    from rapidfuzz import fuzz
+
     return max((round(fuzz.ratio(line, answer)) / 100 for answer in sample.answers), default=0.0)
 
 

@@ -50,8 +50,9 @@ def save(figure: Figure, folder: Path, name: str) -> None:
 
 
 def _error(totals: list[dict[str, Any]]) -> np.ndarray:
-    """Distances of the interval's ends from the score, in percent: [2, n]."""
-    return 100 * np.array([[t["score"] - t["low"] for t in totals], [t["high"] - t["score"] for t in totals]]).clip(0)
+    """Distances of the interval's ends from the score, in percent: [2, n]; NaN, which draws nothing, without one."""
+    ends = [(t["low"], t["high"]) if t["low"] is not None else (np.nan, np.nan) for t in totals]
+    return 100 * np.array([[t["score"] - low, high - t["score"]] for t, (low, high) in zip(totals, ends)]).T.clip(0)
 
 
 def _of(length: str) -> str:
@@ -170,7 +171,7 @@ def _kind(row: Row) -> str:
     """How a row recalls, whatever its policy and budget."""
     if row["recall"] is None:
         return "all " + "/".join(f"{theta:g}".removeprefix("0") for theta in row["thresholds"])
-    return "pages" + "".join(f", {key.removeprefix('kv_recall_')} {value:g}" for key, value in row["recall"].items())
+    return "pages" + "".join(f", {key.removeprefix('kv_recall_')} {value}" for key, value in row["recall"].items())
 
 
 # How evicted KV is stored and read

@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks.accuracy.cells import NAMES
 from benchmarks.accuracy.summary import ALL
+from benchmarks.intervals import LEAST
 
 Row = dict[str, Any]
 
@@ -39,8 +40,11 @@ def _setting(summary: dict[str, Any], run: dict[str, Any]) -> str:
         f"{per_task:g} per task and length, the same in every row. Metric: {metrics}; scores are percentages. "
         f"First seed: {seeds}.",
         "±: half of the 95 % bootstrap interval of the average "
-        f"({summary['bootstrap']} resamples of the prompts within each task, seed {summary['seed']}).",
+        f"({summary['bootstrap']} resamples of the prompts within each task, seed {summary['seed']}); none where a "
+        f"task has fewer than {LEAST} prompts.",
     ]
+    if run.get("source"):
+        lines.append(f"{run['source']['title']}: {run['source']['note']}, {run['source']['licence']}.")
     if run.get("versions"):
         versions = (f"{name} {version}" for name, version in run["versions"].items())
         lines.append(f"Measured with {', '.join(versions)}.")
@@ -124,9 +128,9 @@ def _grid(summary: dict[str, Any], length: str) -> str:
 
 def _scores(figures: dict[str, Any], tasks: list[str]) -> list[str]:
     total = figures[ALL]
-    half = (total["high"] - total["low"]) / 2
+    half = "" if total["low"] is None else f"{100 * (total['high'] - total['low']) / 2:.1f}"
     each = [f"{100 * figures[task]['score']:.2f}" if task in figures else "" for task in tasks]
-    return [*each, f"{100 * total['score']:.2f}", f"{100 * half:.1f}"]
+    return [*each, f"{100 * total['score']:.2f}", half]
 
 
 def _costs(summary: dict[str, Any], length: str) -> str:
@@ -136,24 +140,30 @@ def _costs(summary: dict[str, Any], length: str) -> str:
         "score [95 %]",
         "n",
         "recompute, per head",
+        "look, per head",
         "merge",
         "kept only",
-        "recompute, per group",
+        "reads, per group",
         "evicted KV read per step",
         "MB read per answer",
-        "recompute by layer",
+        "recompute or look by layer",
     ]
     lines = [_line(head), _line(["---", "---"] + ["---:"] * (len(head) - 2))]
     for row in summary["cells"]:
         total = row["lengths"][length].get(ALL)
         if total is None:
             continue
-        score = f"{100 * total['score']:.1f} [{100 * total['low']:.1f}, {100 * total['high']:.1f}]"
+        score = f"{100 * total['score']:.1f}"
+        if total["low"] is not None:
+            score += f" [{100 * total['low']:.1f}, {100 * total['high']:.1f}]"
         calibrated = (row["thresholds"] or row["recall"] is not None) and "recompute_rate" in total
-        cells = [""] * 7
+        cells = [""] * 8
         if calibrated:
+            # What the report of a request counts as a recomputation is a look at the sketch where recall is by pages.
+            renewed = [_percent(total["recompute_rate"]), ""]
             cells = [
-                *(_percent(total[name]) for name in ("recompute_rate", "merge_rate", "plain_rate")),
+                *(renewed if row["recall"] is None else reversed(renewed)),
+                *(_percent(total[name]) for name in ("merge_rate", "plain_rate")),
                 *(_percent(total[name]) for name in ("group_rate", "read_fraction")),
                 f"{total['bytes_read'] / 1e6:.2f}",
                 " ".join(f"{rate:.2f}" for rate in total["recompute_by_layer"]),

@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.accuracy import cache
 from benchmarks.accuracy.cells import Cell, cells_of
 from benchmarks.accuracy.client import Endpoint, Reply, drive, request_body
 from benchmarks.accuracy.config import Config
@@ -44,11 +45,19 @@ def plan(config: Config, samples: list[Sample], model: str) -> Iterator[Ask]:
 
 
 def samples_for(config: Config, tokenizer: str | None, limit: int | None) -> list[Sample]:
-    """`limit`: the first samples of each task and length only."""
+    """`limit`: the first samples of each task and length only. Prompts that a tokenizer was needed for are made once
+    and kept in the user's cache folder.
+    """
     tasks = config.tasks
     if limit is not None:
         tasks = [entry.model_copy(update={"count": min(entry.count, limit)}) for entry in tasks]
-    return samples_of(tasks, Tokens(folder_of(tokenizer) if tokenizer else None))
+    place = folder_of(tokenizer) if tokenizer else None
+    kept = cache.path_for(tasks, place)
+    if kept is None:
+        return samples_of(tasks, Tokens(place))
+    if not kept.exists():
+        cache.write(kept, samples_of(tasks, Tokens(place)))
+    return cache.load(kept)
 
 
 def fingerprint(model: str) -> str | None:

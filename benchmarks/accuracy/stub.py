@@ -20,6 +20,7 @@ class Stub:
         answer: Callable[[Body], str],
         fail: Callable[[Body, int], int | None] = lambda body, earlier: None,
         report: Callable[[Body], dict[str, Any] | None] = lambda body: None,
+        port: int = 0,
     ) -> None:
         self.bodies: list[Body] = []
         self.in_flight = self.most_in_flight = 0
@@ -72,7 +73,7 @@ class Stub:
                     content["calidrop"] = [entry]
                 self._send(200, content)
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
 
     @property

@@ -15,6 +15,7 @@ from benchmarks.accuracy.config import Config
 from benchmarks.accuracy.models import folder_of
 from benchmarks.accuracy.samples import Sample
 from benchmarks.accuracy.store import read
+from benchmarks.intervals import interval
 
 Record = dict[str, Any]
 ALL = "all"
@@ -53,26 +54,13 @@ def complete(records: Iterable[Record], samples: list[Sample], cells: list[Cell]
     return {cell: [answers[name] for name in shared] for cell, answers in found.items()}
 
 
-def interval(scores: dict[str, list[float]], resamples: int, seed: int) -> tuple[float, float]:
-    """95 % percentile interval of the mean of the tasks' means; prompts are drawn anew within each task.
-
-    The same seed draws the same prompts for every cell.
-    """
-    generator = np.random.default_rng(seed)
-    means = np.zeros(resamples)
-    for task in sorted(scores):
-        values = np.asarray(scores[task])
-        means += values[generator.integers(len(values), size=(resamples, len(values)))].mean(1)
-    low, high = np.percentile(means / len(scores), [2.5, 97.5])
-    return float(low), float(high)
-
-
 def figures(records: list[Record], shape: ModelShape, resamples: int, seed: int) -> dict[str, Any]:
-    """Score, interval and cost of some records of one cell; the score is the mean of the tasks' means."""
+    """Score, interval and cost of some records of one cell; the score is the mean of the tasks' means. `low` and `high`
+    are None where a task has too few prompts for an interval."""
     by_task: dict[str, list[float]] = defaultdict(list)
     for record in records:
         by_task[record["task"]].append(record["score"])
-    low, high = interval(by_task, resamples, seed)
+    low, high = interval(by_task, resamples, seed) or (None, None)
     return {
         "n": len(records),
         "score": float(np.mean([np.mean(values) for values in by_task.values()])),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,13 @@ import pytest
 
 from benchmarks.accuracy import client, report, run, summary
 from benchmarks.accuracy.cells import Cell, cells_of
-from benchmarks.accuracy.config import Config, Sweep, load
+from benchmarks.accuracy.client import Endpoint
+from benchmarks.accuracy.config import Client, Config, Sweep, load
 from benchmarks.accuracy.samples import Sample
 from benchmarks.accuracy.store import Store, read
 from benchmarks.accuracy.stub import Body, Stub
 from benchmarks.accuracy.tasks import small
+from benchmarks.intervals import interval
 from benchmarks.small_model import language
 
 CONFIGS = Path(run.__file__).parent / "configs"
@@ -262,7 +266,7 @@ def test_summary_counts(tmp_path: Path) -> None:
     full, evicted, calibrated = (row["lengths"]["96"] for row in figures["cells"])
     assert full["all"]["score"] == calibrated["all"]["score"] == 1
     assert evicted["single"]["score"] == pytest.approx(0.6) and evicted["all"]["score"] == pytest.approx(0.8)
-    assert evicted["all"]["low"] < 0.8 < evicted["all"]["high"]
+    assert evicted["all"]["low"] is None, "five prompts of a task are too few for an interval"
     total = calibrated["all"]
     assert (total["n"], total["bytes_read"]) == (10, 1000)
     # 32 decisions: 4 recompute, 10 merge, 18 kept only; 4 steps x 2 layers x 2 KV heads = 16 possible reads, 2 done.
@@ -270,7 +274,7 @@ def test_summary_counts(tmp_path: Path) -> None:
     assert total["group_rate"] == total["read_fraction"] == 2 / 16
     assert total["recompute_by_layer"] == [4 / 16, 0]
     text = report.markdown(figures, {"model": "m", "mode": "completion"}, "policies", [])
-    assert "| +CaliDrop .70/.85 | 100.00 | 100.00 | **100.00** | 0.0 |" in text
+    assert "| +CaliDrop .70/.85 | 100.00 | 100.00 | **100.00** |  |" in text
     assert "| SnapKV | 60.00 | 100.00 | 80.00 |" in text and "Note" not in text
 
 
@@ -326,12 +330,78 @@ def test_rows_by_how_evicted_kv_is_stored() -> None:
 
 
 def test_interval_of_a_mean() -> None:
-    """Against the normal approximation; all right is certain."""
+    """Against the normal approximation; none from few prompts, where four right answers would be certainty."""
     scores = {"a": [1.0] * 50 + [0.0] * 50}
-    low, high = summary.interval(scores, 4000, 0)
+    low, high = interval(scores, 4000, 0) or (0, 0)
     assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.015) and high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.015)
-    assert summary.interval({"a": [1.0] * 9}, 500, 0) == (1.0, 1.0)
-    assert summary.interval(scores, 500, 3) == summary.interval(scores, 500, 3)
+    assert interval({"a": [1.0] * 9}, 500, 0) is None
+    assert interval(scores, 500, 3) == interval(scores, 500, 3)
+
+
+def test_looks_are_called_looks() -> None:
+    """A row by pages has its looks in a column of its own, and none of its figures is a recomputation."""
+    config = config_of(sweep={"policies": ["snapkv"], "recall": [{"kv_recall_rest": "v2"}]})
+    samples = run.samples_for(config, None, 1)
+    cells = cells_of(config.sweep)
+    assert cells[-1].label == "+pages rest v2"
+    shape = summary.ModelShape(kv_heads=2)
+    rows = []
+    for cell in cells[1:]:
+        entry = {"task": "single", "score": 1.0, "completion_tokens": 5, "prompt_tokens": 96, "calibration_size": None}
+        entry |= {"recall": cell.recall is not None, "report": report_of({"kv_budget": 64}) | {"pages_read": 3}}
+        figures = {"96": {"all": summary.figures([entry], shape, 100, 0)}}
+        fields = ("label", "policy", "budget", "thresholds", "recall")
+        rows.append({name: getattr(cell, name) for name in fields} | {"lengths": figures})
+    head, _, *lines = report._costs({"cells": rows, "tasks": []}, "96").splitlines()
+    columns = [cell.strip() for cell in head.split("|")]
+    of = {line.split("|")[2].strip(): [cell.strip() for cell in line.split("|")] for line in lines}
+    recompute, look = columns.index("recompute, per head"), columns.index("look, per head")
+    assert of["+CaliDrop .70/.85"][recompute] and not of["+CaliDrop .70/.85"][look]
+    assert of["+pages rest v2"][look] and not of["+pages rest v2"][recompute]
+    assert samples
+
+
+def test_prompts_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second time they come from the cache, equal; another seed is made anew."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tokenizer = "benchmarks/small_model/smooth"
+
+    def asked(seed: int) -> list[Sample]:
+        tasks = [{"suite": "ruler", "names": ["vt"], "lengths": [900], "count": 2, "seed": seed}]
+        return run.samples_for(config_of(tasks=tasks), tokenizer, None)
+
+    first = asked(1)
+    assert len(list((tmp_path / "vllm_calidrop" / "prompts").iterdir())) == 1
+    monkeypatch.setattr(run, "samples_of", lambda *arguments: pytest.fail("made again"))
+    assert asked(1) == first
+    with pytest.raises(pytest.fail.Exception, match="made again"):
+        asked(2)
+
+
+def test_a_server_that_still_boots_is_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing listens at first; then the stub does. Without patience the error is one sentence."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    async def ask(patience: float) -> str:
+        endpoint = Endpoint(f"http://127.0.0.1:{port}/v1", Client(patience=patience))
+        try:
+            return await endpoint.model()
+        finally:
+            await endpoint.close()
+
+    with pytest.raises(SystemExit, match=r"no server answers at http://127\.0\.0\.1"):
+        asyncio.run(ask(0))
+    started: list[Stub] = []
+    later = threading.Timer(1.5, lambda: started.append(Stub(lambda body: "yes", port=port).__enter__()))
+    later.start()
+    try:
+        assert asyncio.run(ask(60)) == "stub"
+    finally:
+        later.join()
+        started[0].__exit__()
+    assert "waiting for the server at" in capsys.readouterr().err
 
 
 def test_store_refuses_a_second_answer(tmp_path: Path) -> None:
