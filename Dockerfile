@@ -3,7 +3,8 @@
 #   docker build --target gpu -t vllm-calidrop:gpu .
 # `docker run -p 8000:8000 IMAGE` serves the small model that lies inside; `docker run ... IMAGE MODEL FLAGS` another one.
 ARG PYTHON_VERSION=3.11
-ARG VLLM_VERSION=0.32.0
+# The vLLM of the GPU image: the newest release that is tested. The CPU image has the one of requirements/cpu.lock.
+ARG VLLM_VERSION=0.33.0
 
 FROM python:${PYTHON_VERSION}-slim-bookworm AS cpu-build
 # Where pip finds PyTorch's CPU wheels, which PyPI has not (README.md, Install). pip reads it from the environment.
@@ -58,7 +59,7 @@ COPY vllm_calidrop vllm_calidrop
 COPY server server
 # vLLM's image has everything else that this package needs (pyproject.toml), at the versions vLLM wants.
 RUN python3 -m pip install --no-cache-dir --no-deps --no-build-isolation . \
-    && python3 -c "import numpy, psutil, pydantic, vllm_calidrop, vllm_calidrop_server" \
+    && python3 -c "import numpy, packaging, psutil, pydantic, vllm_calidrop, vllm_calidrop_server" \
     && useradd --uid 10001 --create-home calidrop \
     && install --directory --owner=calidrop /cache
 COPY benchmarks/small_model/smooth /opt/calidrop/smooth

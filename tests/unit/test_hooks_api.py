@@ -15,15 +15,9 @@ from typing import Any
 
 import pytest
 
+from vllm_calidrop.compat import SUPPORTED_VLLM, installed_vllm_version
 from vllm_calidrop.hooks.on_import import when_imported
-from vllm_calidrop.hooks.wrap import (
-    SUPPORTED_VLLM,
-    HookError,
-    installed_hooks,
-    installed_vllm_version,
-    original_of,
-    wrap_method,
-)
+from vllm_calidrop.hooks.wrap import HookError, installed_hooks, original_of, wrap_method
 
 # The helper
 

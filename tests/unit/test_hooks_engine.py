@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
+import logging
+import pkgutil
+import re
 import sys
+from abc import ABC, abstractmethod
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from vllm_calidrop import compat
+from vllm_calidrop.compat import SUPPORTED_VLLM, TESTED_VLLM
 from vllm_calidrop.hooks import on_import, wrap
 from vllm_calidrop.hooks.on_import import require_awaited_modules, when_imported
-from vllm_calidrop.hooks.wrap import SUPPORTED_VLLM, HookError, require_installed, require_wrapped, wrap_method
+from vllm_calidrop.hooks.wrap import (
+    HookError,
+    require_installed,
+    require_instantiable,
+    require_wraps_in_use,
+    wrap_method,
+)
 
 
 @pytest.fixture
@@ -71,11 +84,15 @@ def test_a_class_that_is_gone(package: str, imported: bool) -> None:
 def test_awaited_modules_must_exist(package: str) -> None:
     on_import._finder.waiting.clear()
     seen: list[ModuleType] = []
-    when_imported(f"{package}.late", seen.append)
+
+    def hook(module: ModuleType) -> None:
+        seen.append(module)
+
+    when_imported(f"{package}.late", hook)
     require_awaited_modules()
     assert f"{package}.late" not in sys.modules, "looking is not importing"
     for gone in (f"{package}.renamed", f"{package}.moved.late", f"{package}_gone"):
-        when_imported(gone, seen.append)
+        when_imported(gone, hook)
         with pytest.raises(HookError, match=f"module {gone} does not exist"):
             require_awaited_modules()
         del on_import._finder.waiting[gone]
@@ -83,12 +100,12 @@ def test_awaited_modules_must_exist(package: str) -> None:
 
 
 def test_required_symbols(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wrap, "_installed", {"a.B.c": wrap.Hook("a.B.c", "here")})
-    require_installed(())
-    require_installed(("a.B.c",))
+    monkeypatch.setattr(wrap, "_installed", {"a.B.c": wrap.Hook("a.B.c", "here", None, "c")})
+    require_installed((), "us")
+    require_installed(("a.B.c",), "us")
     with pytest.raises(HookError, match=r"a\.B\.d, a\.B\.e") as refusal:
-        require_installed(("a.B.d", "a.B.c", "a.B.e"))
-    assert "a.B.c" not in str(refusal.value)
+        require_installed(("a.B.d", "a.B.c", "a.B.e"), "our.module")
+    assert "a.B.c" not in str(refusal.value) and "our/module.py" in str(refusal.value)
 
 
 class Base:
@@ -96,17 +113,148 @@ class Base:
         return 1
 
 
-class Overriding(Base):
+class Inheriting(Base):
+    pass
+
+
+class CallingOn(Base):
+    def method(self) -> int:
+        return 2 * super().method()
+
+
+class CallingOnByName(CallingOn):
+    def method(self) -> int:
+        return 2 * Base.method(self)
+
+
+class Bypassing(CallingOn):
     def method(self) -> int:
         return 2
 
 
-def test_what_instances_use_must_be_wrapped() -> None:
-    for name in ("method", "gone"):
-        with pytest.raises(HookError, match=rf"Base\.{name} is not wrapped"):
-            require_wrapped(Base, name)
-    wrap_method(Base, "method", lambda original: lambda self: original(self), ("self",))
-    require_wrapped(Base, "method")
-    require_wrapped(type("Inheriting", (Base,), {}), "method")
-    with pytest.raises(HookError, match=r"Overriding\.method is not wrapped"):
-        require_wrapped(Overriding, "method")
+class BypassingToo(Bypassing):
+    def method(self) -> int:
+        return super().method() + 1
+
+
+def test_a_wrap_that_instances_do_not_run_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wrap, "_installed", {})
+    monkeypatch.setattr(Base, "method", Base.method)
+    wrap_method(Base, "method", lambda original: lambda self: 10 * original(self), ("self",))
+    for cls in (object, Base, Inheriting, CallingOn, CallingOnByName):
+        require_wraps_in_use(cls)
+    assert Inheriting().method() == 10 and CallingOn().method() == CallingOnByName().method() == 20
+    assert Bypassing().method() == 2, "the wrap does not run"
+    for cls in (Bypassing, BypassingToo):
+        with pytest.raises(HookError, match=r"Bypassing\.method takes the place of .*Base\.method"):
+            require_wraps_in_use(cls)
+
+
+class Demanding(ABC):
+    @abstractmethod
+    def old(self) -> None: ...
+
+    @abstractmethod
+    def new_in_the_next_version(self) -> None: ...
+
+
+def test_a_class_of_ours_that_lacks_an_abstract_method() -> None:
+    class Ours(Demanding):
+        def old(self) -> None: ...
+
+    with pytest.raises(HookError, match=r"Demanding demands new_in_the_next_version, which .*Ours does not have"):
+        require_instantiable(Ours)
+    require_instantiable(type("Whole", (Ours,), {"new_in_the_next_version": lambda self: None}))
+
+
+def test_every_class_derived_from_one_of_vllms_is_whole_and_is_checked() -> None:
+    """What is checked at start-up is read from the places that check; this finds a class that they forgot."""
+    import vllm_calidrop
+    from vllm_calidrop.attention.backend import CaliDropBackend
+    from vllm_calidrop.hooks.engine import pending_output
+    from vllm_calidrop.scheduler import block_manager, spec
+
+    derived = set()
+    for found in pkgutil.walk_packages(vllm_calidrop.__path__, f"{vllm_calidrop.__name__}."):
+        if re.search(r"cuda|triton|xformers|plugin", found.name):
+            continue  # they need a GPU, or are the entry point
+        module = importlib.import_module(found.name)
+        for cls in vars(module).values():
+            ours = inspect.isclass(cls) and cls.__module__ == found.name
+            if ours and any(base.__module__.startswith("vllm.") for base in cls.__mro__):
+                derived.add(cls)
+    for cls in derived:
+        require_instantiable(cls)
+    from vllm_calidrop.hooks.api.retry import PoolFullError
+
+    checked = {
+        CaliDropBackend,
+        CaliDropBackend.get_builder_cls(),
+        CaliDropBackend.get_impl_cls(),
+        pending_output.PendingOutput,
+        block_manager.CaliDropManager,
+        spec.CaliDropSpec,
+        PoolFullError,
+    }
+    assert derived == checked
+
+
+def test_a_pending_output_passes_on_what_vllm_asks_for() -> None:
+    from vllm_calidrop.hooks.engine.pending_output import PendingOutput
+
+    class Output:
+        def get_output(self) -> dict[str, int]:
+            return {}
+
+        def get_kv_connector_output(self) -> str:
+            return "saved"
+
+    pending = PendingOutput(Output(), lambda finished: finished.update(counters=1))  # type: ignore[arg-type]
+    assert pending.get_output() == {"counters": 1}
+    assert pending.get_kv_connector_output() == "saved"
+
+
+@pytest.mark.parametrize(
+    ("installed", "allowed", "warns", "refuses"),
+    [
+        *((version, False, False, False) for version in TESTED_VLLM),
+        (f"{TESTED_VLLM[0]}+cpu", False, False, False),
+        ("0.33.1", False, True, False),
+        ("0.31.0", False, True, False),
+        ("0.33.1.dev20+gabcdef", False, True, False),
+        ("unknown", False, True, False),
+        ("0.34.0", False, False, True),
+        ("0.34.0rc1", False, False, True),
+        ("1.0", False, False, True),
+        ("0.34.0", True, True, False),
+    ],
+)
+def test_versions(
+    installed: str,
+    allowed: bool,
+    warns: bool,
+    refuses: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    compat._check.cache_clear()
+    monkeypatch.setattr(compat, "installed_vllm_version", lambda: installed)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    if allowed:
+        monkeypatch.setenv(compat.ALLOW_VARIABLE, "1")
+    if refuses:
+        with pytest.raises(compat.VersionError) as refusal:
+            compat.check_vllm_version()
+        for said in (installed, SUPPORTED_VLLM, *TESTED_VLLM, compat.ALLOW_VARIABLE):
+            assert said in str(refusal.value)
+        return
+    for _ in range(3):
+        compat.check_vllm_version()
+    said = [record.message for record in caplog.records]
+    assert len(said) == warns, said
+    assert all(installed in message for message in said)
+
+
+def test_the_installed_version_is_a_tested_one() -> None:
+    """`make test` and `make test-overlay` are what "tested" means."""
+    assert compat.installed_vllm_version().partition("+")[0] in TESTED_VLLM

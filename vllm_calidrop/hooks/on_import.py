@@ -43,14 +43,14 @@ def require_awaited_modules() -> None:
         except ModuleNotFoundError:  # a package above it
             found = False
         if not found:
-            raise hook_error(f"module {name} does not exist")
+            raise hook_error(f"module {name} does not exist", _finder.waiting[name][0].__module__)
 
 
 def _call(callback: Callback, module: ModuleType) -> None:
     try:
         callback(module)
     except AttributeError as error:
-        raise hook_error(str(error)) from error
+        raise hook_error(str(error), callback.__module__) from error
 
 
 class _Finder(MetaPathFinder):

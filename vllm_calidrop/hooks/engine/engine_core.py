@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_calidrop.hooks.on_import import when_imported
-from vllm_calidrop.hooks.wrap import require_installed, wrap_method
+from vllm_calidrop.hooks.wrap import require_installed, require_instantiable, require_wraps_in_use, wrap_method
 from vllm_calidrop.selection import is_selected
 
 # Wrapped in this process, or a budget would be without effect.
@@ -51,13 +51,17 @@ def _check_first(original: Callable[..., Any]) -> Callable[..., Any]:
     def _initialize_kv_caches(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_selected(vllm_config):
             return original(self, vllm_config, *args, **kwargs)
-        from vllm_calidrop.scheduler import spec
+        from vllm_calidrop.scheduler import block_manager, spec
         from vllm_calidrop.settings.defaults import VersionedSettings
         from vllm_calidrop.settings.server import ServerSettings
         from vllm_calidrop.support import refuse_scheduler
 
         refuse_scheduler(vllm_config.scheduler_config.get_scheduler_cls())
-        require_installed(_REQUIRED)
+        require_installed(_REQUIRED, __name__)
+        for cls in (type(self), type(self.model_executor)):
+            require_wraps_in_use(cls)
+        for ours in (spec.CaliDropSpec, block_manager.CaliDropManager):
+            require_instantiable(ours)
         spec.register()
         self.calidrop_settings = VersionedSettings(
             1, ServerSettings.from_additional_config(vllm_config.additional_config)
@@ -82,7 +86,10 @@ def _allocate_pools(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _stats(self: Any) -> dict[str, Any]:
-    """This engine's numbers (docs/server.md), and the defaults in force. Called between steps: milliseconds."""
+    """This engine's numbers (docs/server.md), the defaults in force and the tokens of a KV-cache block.
+
+    It is called between two steps and takes milliseconds.
+    """
     from vllm_calidrop.scheduler.stats import engine_stats
 
     self.calidrop_reads += 1
@@ -90,6 +97,7 @@ def _stats(self: Any) -> dict[str, Any]:
     return {
         "stats": stats | {"read": self.calidrop_reads},
         "defaults": self.calidrop_settings.as_dict(),
+        "block_size": self.scheduler.calidrop.shape.block_size,
     }
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from vllm_calidrop.compat import check_vllm_version
 from vllm_calidrop.hooks.on_import import require_awaited_modules, when_imported
 from vllm_calidrop.hooks.registration import BACKEND_PATH
 from vllm_calidrop.hooks.wrap import hook_error, wrap_method
@@ -21,7 +22,7 @@ def install() -> None:
     try:
         from vllm.platforms.cpu import CpuPlatform
     except ImportError as error:
-        raise hook_error(str(error)) from error
+        raise hook_error(str(error), __name__) from error
 
     wrap_method(
         CpuPlatform,
@@ -55,6 +56,7 @@ def _check(original: Callable[..., None]) -> Callable[..., None]:
             from vllm_calidrop.settings.server import ServerSettings, resolve_request
             from vllm_calidrop.support import refuse_config, refuse_platform, refuse_settings
 
+            check_vllm_version()
             require_awaited_modules()
             refuse_platform()
             refuse_config(vllm_config)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_calidrop.hooks.on_import import when_imported
-from vllm_calidrop.hooks.wrap import require_wrapped, wrap_method
+from vllm_calidrop.hooks.wrap import require_instantiable, require_wraps_in_use, wrap_method
 from vllm_calidrop.records import COUNTERS_ATTRIBUTE, MEASURES_ATTRIBUTE, records_of
 
 
@@ -30,9 +30,14 @@ def _wrap(module: Any) -> None:
 
 def _allocate(self: Any, pools: Any) -> None:
     """Called on every worker by the engine once the KV cache exists (hooks/engine_core.py)."""
+    from vllm_calidrop.attention import backend
+    from vllm_calidrop.hooks.engine.pending_output import PendingOutput
     from vllm_calidrop.worker.build import make_worker
 
-    require_wrapped(type(self), "determine_available_memory")
+    require_wraps_in_use(type(self))
+    ours = backend.CaliDropBackend
+    for cls in (PendingOutput, ours, ours.get_builder_cls(), ours.get_impl_cls()):
+        require_instantiable(cls)
     self.calidrop = make_worker(self, pools)
 
 
@@ -90,18 +95,13 @@ def _attach(output: Any, owners: Any, pending: Any, measures: Any) -> Any:
 
     from vllm_calidrop.worker.worker import counters_of
 
-    if not isinstance(output, AsyncModelRunnerOutput):
-        setattr(output, COUNTERS_ATTRIBUTE, counters_of(owners, pending.wait()))
-        setattr(output, MEASURES_ATTRIBUTE, measures)
-        return output
+    def attach(finished: Any) -> None:
+        setattr(finished, COUNTERS_ATTRIBUTE, counters_of(owners, pending.wait()))
+        setattr(finished, MEASURES_ATTRIBUTE, measures)
 
-    class WithCounters(AsyncModelRunnerOutput):
-        """vLLM's pending output; the counters join it when its tokens have arrived."""
+    if isinstance(output, AsyncModelRunnerOutput):
+        from vllm_calidrop.hooks.engine.pending_output import PendingOutput
 
-        def get_output(self) -> Any:
-            finished = output.get_output()
-            setattr(finished, COUNTERS_ATTRIBUTE, counters_of(owners, pending.wait()))
-            setattr(finished, MEASURES_ATTRIBUTE, measures)
-            return finished
-
-    return WithCounters()
+        return PendingOutput(output, attach)
+    attach(output)
+    return output
