@@ -6,14 +6,14 @@ Every size comes from the functions that the engine itself uses (vllm_calidrop/m
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vllm_calidrop.algorithm.placement import first_kept_block
-from vllm_calidrop.evicted.codecs import codec_of
-from vllm_calidrop.evicted.layout import swap_blocks_for
+from vllm_calidrop.algorithm.shape import KVShape
 from vllm_calidrop.memory import (
     ModelShape,
+    PoolSizes,
     buffer_page_bytes,
     footprint,
     recall_pool_bytes,
@@ -21,11 +21,16 @@ from vllm_calidrop.memory import (
     sketch_block_bytes,
     swap_block_bytes,
 )
+from vllm_calidrop.scheduler.admission import decide
+from vllm_calidrop.scheduler.shape import Shape
 from vllm_calidrop.settings.request import RequestSettings, SettingsError
 from vllm_calidrop.settings.server import ServerSettings
 from vllm_calidrop.worker.state_table import StateTable
 
 Device = Literal["gpu", "cpu"]
+
+# Pools that hold whatever a sequence needs: a plan asks what that is.
+ROOM = PoolSizes(sys.maxsize, sys.maxsize, sys.maxsize)
 
 
 @dataclass(frozen=True)
@@ -54,18 +59,17 @@ class PerSequence:
 
     @classmethod
     def of(cls, load: Workload, shape: ModelShape) -> PerSequence:
-        settings, prompt = load.settings, load.context
-        prompt_blocks, full = -(-prompt // load.block_size), -(-(prompt + load.output) // load.block_size)
-        if not settings.compresses or settings.kv_budget is None or prompt <= settings.kv_budget:
-            return cls(full, prompt_blocks, full, 0, 0, 0)
-        stored = prompt - settings.kv_budget if settings.calibrates else 0
-        if settings.kv_calibration_size is not None:
-            stored = min(stored, settings.kv_calibration_size)
-        swap = codec_of(settings.kv_codec, shape.head_dim, shape.dtype).blocks_for(stored)
-        freed = first_kept_block(prompt, settings.kv_budget, load.block_size)
-        pages = settings.kv_recall == "pages" and stored > 0
-        sketch, buffer = (swap_blocks_for(stored), settings.kv_recall_buffer) if pages else (0, 0)
-        return cls(full, prompt_blocks, full - freed, swap, sketch, buffer)
+        kv = {field.name: getattr(shape, field.name) for field in dataclasses.fields(KVShape)}
+        decision = decide(load.settings, load.context, Shape(**kv, block_size=load.block_size), ROOM, ROOM)
+        full = -(-(load.context + load.output) // load.block_size)
+        return cls(
+            full_blocks=full,
+            prompt_blocks=-(-load.context // load.block_size),
+            budget_blocks=full - decision.first_block,
+            swap_blocks=decision.needs.swap_blocks,
+            sketch_blocks=decision.needs.sketch_blocks,
+            buffer_pages=decision.needs.buffer_pages,
+        )
 
 
 def beside_the_pools(

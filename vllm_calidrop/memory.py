@@ -59,11 +59,21 @@ def num_state_slots(vllm_config: Any) -> int:
 
 @dataclass(frozen=True)
 class PoolSizes:
-    """Capacities on one rank: swap blocks on the host; sketch blocks and buffer pages (recall) on the device."""
+    """So much of each pool of one rank: swap blocks on the host; sketch blocks and buffer pages (recall) on the device.
+
+    Of a whole pool, of what is free, or of what one sequence needs.
+    """
 
     swap_blocks: int
     sketch_blocks: int
     buffer_pages: int
+
+    def fit_into(self, others: PoolSizes) -> bool:
+        return (
+            self.swap_blocks <= others.swap_blocks
+            and self.sketch_blocks <= others.sketch_blocks
+            and self.buffer_pages <= others.buffer_pages
+        )
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def measure(model: str, length: int) -> dict[str, Any]:
             engine.prefill()
             engine.submit(prompts[1:], 32, calidrop(0.7))
             engine.prefill()
-            swap = (ledger.swap.num_blocks - ledger.swap.num_free) * _block_bytes(worker.calidrop.pool.pages, 1)
+            swap = ledger.ids.swap.num_used * _block_bytes(worker.calidrop.pool.pages, 1)
             used_blocks = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
             for _ in range(8):
                 engine.step()

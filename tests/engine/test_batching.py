@@ -9,7 +9,7 @@ import pytest
 
 from tests.engine.cases import CALIBRATION, POLICIES, CachedReference, prompt_of
 from tests.engine.harness import MAY_STOP, Answer, Ask, Engine, assert_equal_to_reference, too_close
-from vllm_calidrop.evicted.pool import SwapLedger
+from vllm_calidrop.scheduler.ids import FreeList
 
 pytestmark = pytest.mark.engine
 ENGINES = ("block32-whole", "block16-chunk100", "block128-chunk64")
@@ -169,8 +169,8 @@ def test_full_swap_pool_keeps_full_kv_or_evicts(
 ) -> None:
     engine = engine_named("block32-whole")
     ledger = engine.scheduler.calidrop
-    whole, counted = ledger.swap, ledger.totals.fallbacks["swap_full"]
-    ledger.swap = SwapLedger(8)  # two prompts of 500 evicted to 64 need four blocks each
+    whole, counted = ledger.ids.swap, ledger.totals.fallbacks["swap_full"]
+    ledger.ids.swap = FreeList(8)  # two prompts of 500 evicted to 64 need four blocks each
     try:
         for on_full, mode in (("full", "full"), ("evict", "evict")):
             asks = [Ask(prompt_of(500, seed), 12, {"kv_budget": 64, "kv_on_full": on_full}) for seed in range(5)]
@@ -186,7 +186,7 @@ def test_full_swap_pool_keeps_full_kv_or_evicts(
         assert ledger.totals.fallbacks["swap_full"] == counted + 6
         engine.assert_nothing_in_use()
     finally:
-        ledger.swap = whole
+        ledger.ids.swap = whole
 
 
 def test_n_logprobs_and_seeds(engine_named: Callable[[str], Engine]) -> None:

@@ -11,7 +11,7 @@ import pytest
 from tests.engine.cases import POLICIES, CachedReference, prompt_of
 from tests.engine.harness import MAY_STOP, Ask, Engine, assert_equal_to_reference, difference, too_close
 from vllm_calidrop.evicted.layout import PAGE_TOKENS
-from vllm_calidrop.evicted.pool import SwapLedger
+from vllm_calidrop.scheduler.ids import FreeList
 
 pytestmark = pytest.mark.engine
 ENGINES = ("block32-whole", "block16-chunk100", "block128-chunk64")
@@ -148,8 +148,8 @@ def test_full_pools_keep_full_kv_or_evict(
 ) -> None:
     engine = engine_named("block32-whole")
     ledger = engine.scheduler.calidrop
-    whole, counted = getattr(ledger, pool), ledger.totals.fallbacks["recall_full"]
-    setattr(ledger, pool, SwapLedger(8))  # two sequences: four sketch blocks, four buffer pages each
+    whole, counted = getattr(ledger.ids, pool), ledger.totals.fallbacks["recall_full"]
+    setattr(ledger.ids, pool, FreeList(8))  # two sequences: four sketch blocks, four buffer pages each
     try:
         for on_full, mode in (("full", "full"), ("evict", "evict")):
             settings = {"kv_budget": 64, "kv_on_full": on_full, "kv_recall_buffer": 4, **PAGES}
@@ -163,4 +163,4 @@ def test_full_pools_keep_full_kv_or_evict(
         assert ledger.totals.fallbacks["recall_full"] == counted + 6
         engine.assert_nothing_in_use()
     finally:
-        setattr(ledger, pool, whole)
+        setattr(ledger.ids, pool, whole)

@@ -12,7 +12,6 @@ import pytest
 from tests.unit.test_ledger import NOTHING, admit, make_ledger, make_request
 from vllm_calidrop.hooks.api import refusals, verdict
 from vllm_calidrop.hooks.api.retry import PoolFullError, answer_pool_full
-from vllm_calidrop.scheduler.full_pool import Refusal
 
 EIGHT_BLOCKS = {"kv_budget": 100}  # of a prompt of 1,000 tokens: 900 evicted, 8 blocks
 
@@ -25,7 +24,7 @@ def test_a_waiting_request_is_admitted_when_there_is_room() -> None:
     for _ in range(3):
         assert not ledger.admit(waiting)
     assert ledger.totals.swap_waits == 1
-    assert ledger.full_pool.take_refused() == []
+    assert ledger.full_pool.take_refused() == {}
     assert ledger.in_use["swap_blocks"] == 8
     ledger.release(first.request_id)
     assert ledger.admit(waiting)
@@ -41,8 +40,10 @@ def test_a_refused_request_is_ended_once() -> None:
     refused = make_request(1000, **EIGHT_BLOCKS, kv_on_full="reject")
     for _ in range(2):
         assert not ledger.admit(refused)
-    assert ledger.full_pool.take_refused() == [Refusal(refused.request_id, "swap_full", 1000)]
-    assert ledger.full_pool.take_refused() == []
+    (decision,) = (ended := ledger.full_pool.take_refused()).values()
+    assert list(ended) == [refused.request_id]
+    assert (decision.mode, decision.reason, decision.prompt_len) == ("reject", "swap_full", 1000)
+    assert ledger.full_pool.take_refused() == {}
     assert ledger.totals.fallbacks == {"swap_full": 0, "recall_full": 0}
 
 
@@ -59,7 +60,7 @@ def test_what_could_never_fit_does_not_wait(on_full: str, pools: dict[str, int],
     ledger = make_ledger(**pools)
     request = make_request(1000, **EIGHT_BLOCKS, **asked, kv_on_full=on_full)
     assert not ledger.admit(request)
-    assert [refusal.reason for refusal in ledger.full_pool.take_refused()] == ["never_fits"]
+    assert [refused.reason for refused in ledger.full_pool.take_refused().values()] == ["never_fits"]
     assert ledger.in_use == NOTHING
 
 
@@ -67,7 +68,7 @@ def test_a_full_sketch_pool_refuses_by_its_own_name() -> None:
     ledger = make_ledger(sketches=10)
     admit(ledger, make_request(1000, **EIGHT_BLOCKS, kv_recall="pages"))
     assert not ledger.admit(make_request(1000, **EIGHT_BLOCKS, kv_recall="pages", kv_on_full="reject"))
-    assert [refusal.reason for refusal in ledger.full_pool.take_refused()] == ["recall_full"]
+    assert [refused.reason for refused in ledger.full_pool.take_refused().values()] == ["recall_full"]
 
 
 def test_after_a_preemption_a_request_waits_and_is_not_refused() -> None:
@@ -77,7 +78,7 @@ def test_after_a_preemption_a_request_waits_and_is_not_refused() -> None:
     resumed = make_request(1000, outputs=5, **EIGHT_BLOCKS, kv_on_full="reject")
     resumed.num_preemptions = 1
     assert not ledger.admit(resumed)
-    assert ledger.full_pool.take_refused() == []
+    assert ledger.full_pool.take_refused() == {}
     assert ledger.totals.swap_waits == 1
 
 

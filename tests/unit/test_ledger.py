@@ -22,9 +22,10 @@ from vllm_calidrop.evicted.codecs import CODECS
 from vllm_calidrop.evicted.layout import swap_blocks_for
 from vllm_calidrop.memory import PoolSizes
 from vllm_calidrop.records import COUNTERS, SequenceCounters, SequenceRecord
-from vllm_calidrop.scheduler.growth import most_blocks
-from vllm_calidrop.scheduler.ledger import Ledger, settings_of
-from vllm_calidrop.scheduler.reports import Shape
+from vllm_calidrop.scheduler.headroom import KVBlocks, most_blocks, outgrows
+from vllm_calidrop.scheduler.ledger import Ledger
+from vllm_calidrop.scheduler.living import settings_of
+from vllm_calidrop.scheduler.shape import Shape
 from vllm_calidrop.settings.server import ServerSettings, resolve_request
 from vllm_calidrop.worker.sequences import SequenceTable
 
@@ -52,7 +53,7 @@ def admit(ledger: Ledger, request: Request) -> SequenceRecord | None:
     """Admitted and confirmed; the record the workers will get, if any."""
     ledger.admit(request)
     ledger.confirm(request)
-    return ledger._admitted[request.request_id].record
+    return ledger._living[request.request_id].record
 
 
 def counters_for(record: SequenceRecord, value: int) -> dict[str, SequenceCounters]:
@@ -61,9 +62,19 @@ def counters_for(record: SequenceRecord, value: int) -> dict[str, SequenceCounte
 
 
 def report_of(ledger: Ledger, request: Request) -> dict[str, Any]:
-    report = ledger.report(request.request_id, finished=True)
+    report = ledger.reports.said(request.request_id, finished=True)
     assert report is not None
     return report
+
+
+def waits(ledger: Ledger, request: Request, needed: int, free: int, held: dict[str, int], chunk: int) -> bool:
+    """Whether `request` must wait while it needs so many blocks and `free` are; the pool holds any outputs."""
+    shared = -(-request.num_tokens // SHAPE.block_size) - needed
+    return ledger.must_wait(request, KVBlocks(10**9, free, held, shared, chunk))
+
+
+def outgrown(ledger: Ledger, request: Request, total_blocks: int) -> bool:
+    return outgrows(request, list(ledger._living.values()), total_blocks, SHAPE)
 
 
 def run_step(ledger: Ledger, counters: dict[str, SequenceCounters] | None = None) -> None:
@@ -142,14 +153,14 @@ def test_mixed_codecs_share_the_blocks_until_none_is_left() -> None:
     assert [len(blocks) for blocks in taken] == [SHAPE.codec(each["kv_codec"]).blocks_for(1024) for each in asked]
     assert len({block for blocks in taken for block in blocks}) == sum(map(len, taken))
     run_step(ledger)
-    left = ledger.swap.num_free
+    left = ledger.ids.swap.num_free
     for request in requests[::2]:
         ledger.release(request.request_id)
     run_step(ledger)
-    assert ledger.swap.num_free == left + len(taken[0]) + len(taken[2])
-    last = admit(ledger, make_request(100 + 128 * ledger.swap.num_free, kv_budget=100))
+    assert ledger.ids.swap.num_free == left + len(taken[0]) + len(taken[2])
+    last = admit(ledger, make_request(100 + 128 * ledger.ids.swap.num_free, kv_budget=100))
     assert last is not None and last.stored > 0
-    assert ledger.swap.num_free == 0
+    assert ledger.ids.swap.num_free == 0
 
 
 @pytest.mark.parametrize(
@@ -226,7 +237,7 @@ def test_full_swap_pool_is_reported_and_counted_once(on_full: str, mode: str, ke
 def test_cancel_gives_everything_back_and_tells_nobody() -> None:
     ledger = make_ledger()
     request = make_request(1000, kv_budget=100)
-    for _ in range(3 * ledger.num_slots):
+    for _ in range(3 * ledger.ids.slots.size):
         ledger.admit(request)
         assert ledger.is_admitted(request)
         ledger.cancel(request)
@@ -373,12 +384,12 @@ def test_layers_only_at_the_end_and_reports_are_dropped_with_their_requests() ->
     assert record is not None
     admit(ledger, other)
     run_step(ledger, counters_for(record, 1))
-    running = ledger.report(request.request_id, finished=False)
+    running = ledger.reports.said(request.request_id, finished=False)
     assert running is not None and "layers" not in running
     assert "layers" in report_of(ledger, request)
-    ledger.forget_reports(alive={other.request_id})
-    assert ledger.report(request.request_id, finished=True) is None
-    assert ledger.report(other.request_id, finished=True) is not None
+    ledger.forget(alive={other.request_id})
+    assert ledger.reports.said(request.request_id, finished=True) is None
+    assert ledger.reports.said(other.request_id, finished=True) is not None
 
 
 # everything at once: a scheduler that admits, cancels, preempts, finishes and aborts with up to two steps in flight
@@ -450,7 +461,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def process(self, finished: int) -> None:
         counters: dict[str, SequenceCounters] = {}
         admissions = {
-            i: admitted.record.admission for i, admitted in self.ledger._admitted.items() if admitted.record is not None
+            i: admitted.record.admission for i, admitted in self.ledger._living.items() if admitted.record is not None
         }
         for request_id, record in self.in_flight.popleft().items():
             steps = self.steps_of_life[record.admission] = self.steps_of_life.get(record.admission, 0) + 1
@@ -470,10 +481,10 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def nobody_shares_an_id(self) -> None:
-        held = [admitted.record for admitted in self.ledger._admitted.values() if admitted.record is not None]
-        held += [record for _, record in self.ledger._quarantine]
-        slots = [record.slot for record in held]
-        blocks = [block for record in held for block in record.swap_blocks]
+        held = [living.held for living in self.ledger._living.values() if living.held is not None]
+        held += [ids for _, ids in self.ledger._quarantine]
+        slots = [slot for ids in held for slot in ids.slots]
+        blocks = [block for ids in held for block in ids.swap_blocks]
         assert len(set(slots)) == len(slots) and len(set(blocks)) == len(blocks)
         assert self.ledger.in_use["swap_blocks"] == len(blocks)
         assert self.ledger.in_use["state_slots"] == len(slots)
@@ -569,13 +580,13 @@ def test_what_is_admitted_is_compacted_before_anybody_needs_more_blocks(
     pool = Pool(ledger)
     for request, computed in running:
         pool.join(request, computed)
-        record = ledger._admitted[request.request_id].record
+        record = ledger._living[request.request_id].record
         if record is not None:  # it was admitted when it had no outputs
             object.__setattr__(record, "compaction_point", request.num_prompt_tokens)
     pool.free_compacted()
     newcomer = make_request(prompt_len, kv_budget=min(budget, prompt_len - 1), kv_policy="streaming_llm")
     needed = blocks_for(prompt_len)
-    free = next(n for n in range(needed, 10_000) if not ledger.must_wait(newcomer, needed, n, pool.held, chunk))
+    free = next(n for n in range(needed, 10_000) if not waits(ledger, newcomer, needed, n, pool.held, chunk))
     total = pool.used + free
     pool.join(newcomer, 0)
     steps = 0
@@ -587,17 +598,17 @@ def test_what_is_admitted_is_compacted_before_anybody_needs_more_blocks(
 
 def test_nobody_waits_who_is_alone_or_where_nobody_compresses() -> None:
     ledger = make_ledger()
-    assert not ledger.must_wait(make_request(1000, kv_budget=10), 63, 0, {}, 100)
+    assert not waits(ledger, make_request(1000, kv_budget=10), 63, 0, {}, 100)
     admit(ledger, make_request(1000))
-    assert not ledger.must_wait(make_request(1000), 63, 0, {}, 100)
-    assert not ledger.must_wait(make_request(1000, kv_budget=1000), 63, 0, {}, 100)
-    assert ledger.must_wait(make_request(1000, kv_budget=999), 63, 0, {}, 100)
+    assert not waits(ledger, make_request(1000), 63, 0, {}, 100)
+    assert not waits(ledger, make_request(1000, kv_budget=1000), 63, 0, {}, 100)
+    assert waits(ledger, make_request(1000, kv_budget=999), 63, 0, {}, 100)
 
 
 def test_a_prompt_without_budget_waits_for_others_that_have_one() -> None:
     ledger = make_ledger()
     admit(ledger, make_request(1000, kv_budget=100))
-    assert ledger.must_wait(make_request(100), 7, 7, {}, 100)
+    assert waits(ledger, make_request(100), 7, 7, {}, 100)
 
 
 def test_headroom_is_not_wasted() -> None:
@@ -608,8 +619,8 @@ def test_headroom_is_not_wasted() -> None:
     other.num_computed_tokens = 1000
     held = {other.request_id: 63}
     newcomer = make_request(100, kv_budget=50)
-    assert ledger.must_wait(newcomer, 7, 7, held, chunk=200)
-    assert not ledger.must_wait(newcomer, 7, 8, held, chunk=200)
+    assert waits(ledger, newcomer, 7, 7, held, chunk=200)
+    assert not waits(ledger, newcomer, 7, 8, held, chunk=200)
 
 
 def test_a_report_is_told_when_it_is_new_and_at_the_end() -> None:
@@ -619,19 +630,21 @@ def test_a_report_is_told_when_it_is_new_and_at_the_end() -> None:
     record = records[compacted.request_id]
     assert record is not None
     for request in (compacted, plain):
-        assert ledger.news(request.request_id, finished=False) == ledger.report(request.request_id, finished=False)
-        assert ledger.news(request.request_id, finished=False) is None
+        assert ledger.reports.news(request.request_id, finished=False) == ledger.reports.said(
+            request.request_id, finished=False
+        )
+        assert ledger.reports.news(request.request_id, finished=False) is None
     for value in (1, 2):
         run_step(ledger, counters_for(record, value))
-        assert ledger.news(plain.request_id, finished=False) is None
-        news = ledger.news(compacted.request_id, finished=False)
+        assert ledger.reports.news(plain.request_id, finished=False) is None
+        news = ledger.reports.news(compacted.request_id, finished=False)
         assert news is not None and news["recomputes"] == value * SHAPE.num_layers
         assert news["pages_read"] == value * SHAPE.num_layers * -(-900 // 16)
     for request in (compacted, plain):
-        assert ledger.news(request.request_id, finished=True) == report_of(ledger, request)
+        assert ledger.reports.news(request.request_id, finished=True) == report_of(ledger, request)
     ledger.release(compacted.request_id)
     admit(ledger, compacted)
-    assert ledger.news(compacted.request_id, finished=False) is not None, "a new life is news"
+    assert ledger.reports.news(compacted.request_id, finished=False) is not None, "a new life is news"
 
 
 def certain(request: Request, tokens: int) -> Request:
@@ -647,12 +660,12 @@ def test_outputs_that_are_certain_must_fit_beside_each_other() -> None:
     newcomer = certain(make_request(1060, kv_budget=100), 60)
     first = first_kept_block(1060, 100, SHAPE.block_size)
     each = -(-(1120 - first * SHAPE.block_size) // SHAPE.block_size)
-    assert ledger.outgrows(newcomer, 3 * each - 1)
-    assert not ledger.outgrows(newcomer, 3 * each)
-    assert not make_ledger().outgrows(newcomer, 1), "alone it is admitted: vLLM's own rules refuse what never fits"
-    assert not ledger.outgrows(make_request(1060, kv_budget=100), 2 * each + 7), "it may end at once"
+    assert outgrown(ledger, newcomer, 3 * each - 1)
+    assert not outgrown(ledger, newcomer, 3 * each)
+    assert not outgrown(make_ledger(), newcomer, 1), "alone it is admitted: vLLM's own rules refuse what never fits"
+    assert not outgrown(ledger, make_request(1060, kv_budget=100), 2 * each + 7), "it may end at once"
     newcomer.sampling_params.stop = ["."]
-    assert not ledger.outgrows(newcomer, 2 * each + 7), "and so may this one"
+    assert not outgrown(ledger, newcomer, 2 * each + 7), "and so may this one"
 
 
 def test_sequences_that_end_earlier_leave_room() -> None:
@@ -665,8 +678,8 @@ def test_sequences_that_end_earlier_leave_room() -> None:
 def test_without_a_budget_in_sight_growth_is_vllms_own_matter() -> None:
     ledger = make_ledger()
     admit(ledger, certain(make_request(1000), 100))
-    assert not ledger.outgrows(certain(make_request(1000), 100), 1)
-    assert ledger.outgrows(certain(make_request(1000, kv_budget=10), 100), 1)
+    assert not outgrown(ledger, certain(make_request(1000), 100), 1)
+    assert outgrown(ledger, certain(make_request(1000, kv_budget=10), 100), 1)
 
 
 @pytest.mark.parametrize(("policy", "each"), [("snapkv", 2 * 32 * 4 * 32), ("h2o", 2 * 2 * 1000 * 4)])
@@ -677,19 +690,19 @@ def test_prompts_wait_while_prefill_state_is_full(policy: str, each: int) -> Non
     ledger = make_ledger(prefill_state_limit=2 * each)
     prefilling = [make_request(1000, **asked) for _ in range(2)]
     for request in prefilling:
-        assert not ledger.must_wait(request, 0, 10**6, {}, 100)
+        assert not waits(ledger, request, 0, 10**6, {}, 100)
         admit(ledger, request)
     third = make_request(1000, **asked)
-    assert ledger.must_wait(third, 0, 10**6, {}, 100)
-    assert not ledger.must_wait(make_request(1000), 0, 10**6, {}, 100)
-    assert not ledger.must_wait(make_request(1000, kv_budget=100, kv_policy="streaming_llm"), 0, 10**6, {}, 100)
+    assert waits(ledger, third, 0, 10**6, {}, 100)
+    assert not waits(ledger, make_request(1000), 0, 10**6, {}, 100)
+    assert not waits(ledger, make_request(1000, kv_budget=100, kv_policy="streaming_llm"), 0, 10**6, {}, 100)
     prefilling[0].num_computed_tokens = 1000
-    assert not ledger.must_wait(third, 0, 10**6, {}, 100)
+    assert not waits(ledger, third, 0, 10**6, {}, 100)
 
     tight = make_ledger(prefill_state_limit=each - 1)
-    assert not tight.must_wait(third, 0, 10**6, {}, 100)
+    assert not waits(tight, third, 0, 10**6, {}, 100)
     admit(tight, third)
-    assert tight.must_wait(make_request(1000, **asked), 0, 10**6, {}, 100)
+    assert waits(tight, make_request(1000, **asked), 0, 10**6, {}, 100)
 
 
 @pytest.mark.parametrize("budget", [1, 99])

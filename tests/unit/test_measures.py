@@ -7,7 +7,7 @@ import torch
 
 from vllm_calidrop.metrics import COMPACTION_SECONDS, SIMILARITY
 from vllm_calidrop.ops.similarity import observe_similarity, similarity_histogram
-from vllm_calidrop.scheduler.reports import Shape
+from vllm_calidrop.scheduler.shape import Shape
 from vllm_calidrop.scheduler.totals import Totals
 from vllm_calidrop.worker.measures import Measures
 

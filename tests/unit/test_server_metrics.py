@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_calidrop import metrics
-from vllm_calidrop.scheduler.reports import Shape
+from vllm_calidrop.scheduler.shape import Shape
 from vllm_calidrop.scheduler.totals import Totals
 from vllm_calidrop_server.exposition import EngineCollector
 from vllm_calidrop_server.newest import Newest, newest

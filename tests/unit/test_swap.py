@@ -13,7 +13,8 @@ from torch import Tensor
 
 from vllm_calidrop.evicted.codecs import CODECS, number_of
 from vllm_calidrop.evicted.layout import PAGE_TOKENS, SWAP_BLOCK_TOKENS, swap_blocks_for
-from vllm_calidrop.evicted.pool import SwapLedger, SwapPool
+from vllm_calidrop.evicted.pool import SwapPool
+from vllm_calidrop.scheduler.ids import FreeList
 
 LAYERS, KV_HEADS, HEAD_DIM = 2, 3, 4
 
@@ -26,7 +27,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.ledger = SwapLedger(self.NUM_BLOCKS)
+        self.ledger = FreeList(self.NUM_BLOCKS)
         self.held: list[int] = []
 
     @rule(target=owners, count=st.integers(0, NUM_BLOCKS + 2))
@@ -54,17 +55,17 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 LedgerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30)
-TestSwapLedger = LedgerMachine.TestCase
+TestFreeList = LedgerMachine.TestCase
 
 
 def test_a_pool_without_blocks() -> None:
-    ledger = SwapLedger(0)
+    ledger = FreeList(0)
     assert ledger.take(0) == ()
     assert ledger.take(1) is None
 
 
 def test_giving_back_twice_is_noticed() -> None:
-    ledger = SwapLedger(2)
+    ledger = FreeList(2)
     taken = ledger.take(2)
     assert taken is not None
     ledger.give_back(taken)

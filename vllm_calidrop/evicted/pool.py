@@ -1,4 +1,4 @@
-"""The CPU swap pool: who owns its blocks (ledger, scheduler's process) and where the KV lies (pool, each worker)."""
+"""The swap pool in host memory, where the evicted KV of one worker lies (scheduler/ids.py says who owns its blocks)."""
 
 from __future__ import annotations
 
@@ -15,31 +15,6 @@ from vllm_calidrop.evicted.layout import PAGE_TOKENS, PAGES_PER_BLOCK
 BLOCKS_AT_ONCE = 4
 # What blocks are moved by: torch moves what it indexes element by element.
 WORD = torch.int64
-
-
-class SwapLedger:
-    """Free list of a pool's ids. A swap block is a fixed number of bytes of every layer and KV head, on all ranks.
-
-    The pools of recall by pages (sketch blocks, buffer pages) are owned the same way.
-    """
-
-    def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
-        self._free = list(range(num_blocks - 1, -1, -1))
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
-
-    def take(self, count: int) -> tuple[int, ...] | None:
-        """`count` ids, or None when there are fewer."""
-        if count > len(self._free):
-            return None
-        return tuple(self._free.pop() for _ in range(count))
-
-    def give_back(self, block_ids: tuple[int, ...]) -> None:
-        self._free.extend(reversed(block_ids))
-        assert len(self._free) <= self.num_blocks
 
 
 @dataclass

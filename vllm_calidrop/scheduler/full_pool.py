@@ -6,22 +6,14 @@ Such a request stays at the head of vLLM's queue, as one does that finds no KV b
 from __future__ import annotations
 
 from collections.abc import Container
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from vllm_calidrop.scheduler.admission import Decision
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from vllm_calidrop.scheduler.totals import Totals
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """reason: what was full (`swap_full`, `recall_full`), or `never_fits`: even empty pools are too small."""
-
-    request_id: str
-    reason: str
-    prompt_tokens: int
 
 
 class FullPool:
@@ -30,14 +22,13 @@ class FullPool:
     def __init__(self, totals: Totals) -> None:
         self._totals = totals
         self._waiting: set[str] = set()
-        self._refused: dict[str, Refusal] = {}
+        self._refused: dict[str, Decision] = {}
 
-    def hold(self, request: Request, lacking: str, reject: bool, could_fit: bool) -> None:
+    def hold(self, request: Request, decision: Decision) -> None:
         """The pools lack room. A request that has answered already is not refused any more: it waits."""
         request_id = request.request_id
-        if not could_fit or (reject and request.num_preemptions == 0):
-            reason = lacking if could_fit else "never_fits"
-            self._refused[request_id] = Refusal(request_id, reason, request.num_prompt_tokens)
+        if decision.reason == "never_fits" or (decision.mode == "reject" and request.num_preemptions == 0):
+            self._refused[request_id] = decision
         elif request_id not in self._waiting:
             self._waiting.add(request_id)
             self._totals.swap_waits += 1
@@ -45,10 +36,10 @@ class FullPool:
     def is_refused(self, request: Request) -> bool:
         return request.request_id in self._refused
 
-    def take_refused(self) -> list[Refusal]:
-        """Those to be ended now, each once."""
-        refused = list(self._refused.values())
-        self._refused.clear()
+    def take_refused(self) -> dict[str, Decision]:
+        """Those to be ended now by their request ids, each once. The reason is what was full (`swap_full`,
+        `recall_full`), or `never_fits`: even empty pools are too small."""
+        refused, self._refused = self._refused, {}
         return refused
 
     def forget(self, alive: Container[str]) -> None:

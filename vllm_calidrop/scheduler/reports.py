@@ -1,30 +1,21 @@
-"""What an engine says of its requests: a report per request, and the model's shape that its bytes follow from."""
+"""What an engine says of its requests: a report per request, from its admission until vLLM forgets it."""
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm_calidrop.algorithm.shape import KVShape
-from vllm_calidrop.evicted.codecs import Codec, codec_of
 from vllm_calidrop.evicted.layout import pages_for
 from vllm_calidrop.records import COUNTERS, SequenceCounters
+from vllm_calidrop.scheduler.admission import Decision
+
+if TYPE_CHECKING:
+    from vllm_calidrop.scheduler.totals import Totals
 
 _GROUP_READS, _PAGES_READ = COUNTERS.index("group_reads"), COUNTERS.index("pages_read")
-
-
-@dataclass(frozen=True)
-class Shape(KVShape):
-    """What the ledger must know of the model. block_size: tokens of vLLM's KV blocks. ranks: how many there are
-    (tensor parallel)."""
-
-    block_size: int
-    ranks: int = 1
-
-    def codec(self, name: str) -> Codec:
-        return codec_of(name, self.head_dim, self.dtype)
 
 
 @dataclass
@@ -51,6 +42,20 @@ class Report:
     counted: bool = False
     compacted: bool = False
     told: bool = False
+
+    @classmethod
+    def of(cls, decision: Decision) -> Report:
+        return cls(
+            prompt_tokens=decision.prompt_len,
+            kept=decision.kept,
+            evicted=decision.evicted,
+            mode=decision.mode if decision.is_admission else "refused",
+            reason=decision.reason,
+            stored=decision.stored,
+            codec=decision.codec,
+            read_bytes=decision.read_bytes,
+            by_pages=decision.by_pages,
+        )
 
     @property
     def counts(self) -> np.ndarray | None:
@@ -98,6 +103,45 @@ class Report:
         return report
 
 
-def kept_whole(prompt_len: int, reason: str) -> Report:
-    """Of a request from which nothing is evicted."""
-    return Report(prompt_len, kept=prompt_len, evicted=0, mode="full", reason=reason, stored=0)
+class Reports:
+    """Those of the requests that vLLM still knows, waiting ones included that were preempted."""
+
+    def __init__(self, totals: Totals) -> None:
+        self._totals = totals
+        self._reports: dict[str, Report] = {}
+
+    def __getitem__(self, request_id: str) -> Report:
+        return self._reports[request_id]
+
+    def open(self, request_id: str, decision: Decision) -> None:
+        """A request is admitted, perhaps again: what was counted before a preemption stays."""
+        report, earlier = Report.of(decision), self._reports.get(request_id)
+        if earlier is not None:
+            report.earlier, report.earlier_bytes = earlier.counts, earlier.bytes_read
+            report.counted, report.compacted = earlier.counted, earlier.compacted
+        self._reports[request_id] = report
+
+    def count(self, request_id: str, counted: SequenceCounters) -> None:
+        report = self._reports[request_id]
+        report.current, report.told = counted, False
+
+    def said(self, request_id: str, finished: bool) -> dict[str, Any] | None:
+        """The report so far; with the counters of every layer once the request is finished."""
+        report = self._reports.get(request_id)
+        return report.as_dict(with_layers=finished) if report else None
+
+    def news(self, request_id: str, finished: bool) -> dict[str, Any] | None:
+        """The same, unless the API process has it as it is; it gets the last one of a request in any case."""
+        report = self._reports.get(request_id)
+        if report is None or (report.told and not finished):
+            return None
+        report.told = True
+        return self.said(request_id, finished)
+
+    def all(self) -> list[Report]:
+        return list(self._reports.values())
+
+    def forget(self, alive: Container[str]) -> None:
+        """Drop reports of requests that vLLM no longer knows."""
+        for request_id in [request_id for request_id in self._reports if request_id not in alive]:
+            self._totals.ended(self._reports.pop(request_id))

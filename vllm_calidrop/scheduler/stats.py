@@ -12,28 +12,28 @@ if TYPE_CHECKING:
 
 def engine_stats(scheduler: Any, ledger: Ledger, engine: int) -> dict[str, Any]:
     """An entry of `engines` in GET /calidrop/stats. Only numbers, names and vLLM's request ids."""
-    shape, swap, sketches, buffers = ledger.shape, ledger.swap, ledger.sketches, ledger.buffers
+    shape, ids = ledger.shape, ledger.ids
     pool = scheduler.kv_cache_manager.block_pool
     usable = pool.num_gpu_blocks - 1  # the null block is never given out
-    living = ledger.reports()
+    living = ledger.reports.all()
     token_bytes = shape.kv_bytes_per_token * shape.num_kv_heads * shape.num_layers * shape.ranks
     return {
         "engine": engine,
         "sequences": ledger.sequences(),
         "waiting": scheduler.get_request_counts()[1],
         "swap": {
-            "used_blocks": swap.num_blocks - swap.num_free,
-            "total_blocks": swap.num_blocks,
+            "used_blocks": ids.swap.num_used,
+            "total_blocks": ids.swap.size,
             "block_bytes": SWAP_BLOCK_TOKENS * token_bytes,
         },
-        "sketch": {"used_blocks": sketches.num_blocks - sketches.num_free, "total_blocks": sketches.num_blocks},
-        "buffer": {"used_pages": buffers.num_blocks - buffers.num_free, "total_pages": buffers.num_blocks},
+        "sketch": {"used_blocks": ids.sketches.num_used, "total_blocks": ids.sketches.size},
+        "buffer": {"used_pages": ids.buffers.num_used, "total_pages": ids.buffers.size},
         "kv_blocks": {
             "used": usable - pool.get_num_free_blocks(),
             "total": usable,
             "freed_total": ledger.totals.kv_blocks_freed,
         },
-        "compacted_sequences": ledger.num_slots - ledger.num_free_slots,
+        "compacted_sequences": ids.slots.num_used,
         "layers": ledger.totals.layers_with(living),
         "totals": ledger.totals.as_dict(living),
         "histograms": ledger.totals.histograms(),

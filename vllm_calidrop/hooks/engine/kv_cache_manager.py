@@ -62,7 +62,7 @@ def _decide_admission(original: Callable[..., Any]) -> Callable[..., Any]:
         ledger = getattr(self, "calidrop", None)
         if ledger is None or ledger.is_admitted(request):
             return allocate()
-        if _must_wait(self, ledger, request, new_computed_blocks):
+        if ledger.must_wait(request, _blocks(self, new_computed_blocks)):
             return None
         if not ledger.admit(request):
             return None
@@ -76,12 +76,17 @@ def _decide_admission(original: Callable[..., Any]) -> Callable[..., Any]:
     return allocate_slots
 
 
-def _must_wait(manager: Any, ledger: Any, request: Any, hit_blocks: Any) -> bool:
+def _blocks(manager: Any, hit_blocks: Any) -> Any:
+    from vllm_calidrop.scheduler.headroom import KVBlocks
+
     (group,) = manager.coordinator.single_type_managers
+    pool = manager.block_pool
     # Blocks of the hit that somebody else holds cost nothing; the others are counted as free blocks are.
     shared = sum(block.ref_cnt > 0 for block in hit_blocks.blocks[0]) if hit_blocks and hit_blocks.blocks[0] else 0
-    needed = -(-request.num_tokens // group.block_size) - shared
-    held = {request_id: len(blocks) for request_id, blocks in group.req_to_blocks.items()}
-    if ledger.outgrows(request, manager.block_pool.num_gpu_blocks - 1):
-        return True
-    return ledger.must_wait(request, needed, manager.block_pool.get_num_free_blocks(), held, manager.calidrop_chunk)
+    return KVBlocks(
+        total=pool.num_gpu_blocks - 1,
+        free=pool.get_num_free_blocks(),
+        held={request_id: len(blocks) for request_id, blocks in group.req_to_blocks.items()},
+        shared=shared,
+        chunk=manager.calidrop_chunk,
+    )

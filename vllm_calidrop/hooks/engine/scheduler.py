@@ -83,10 +83,10 @@ def _exchange_reports(original: Callable[..., Any]) -> Callable[..., Any]:
             for output in outputs.outputs:
                 if output.kv_transfer_params and REPORT_KEY in output.kv_transfer_params:
                     continue  # a refusal
-                report = ledger.news(output.request_id, finished=output.finish_reason is not None)
+                report = ledger.reports.news(output.request_id, finished=output.finish_reason is not None)
                 if report is not None:
                     output.kv_transfer_params = {**(output.kv_transfer_params or {}), REPORT_KEY: report}
-        ledger.forget_reports(alive=self.requests)
+        ledger.forget(alive=self.requests)
         return by_client
 
     return update_from_output
@@ -97,14 +97,17 @@ def _end_refused(scheduler: Any, ledger: Any) -> list[tuple[int, Any]]:
     from vllm.v1.engine import EngineCoreOutput
     from vllm.v1.request import RequestStatus
 
+    from vllm_calidrop.scheduler.reports import Report
+
     ended = []
-    for refusal in ledger.full_pool.take_refused():
-        for request in scheduler.finish_requests(refusal.request_id, RequestStatus.FINISHED_ABORTED):
+    for request_id, decision in ledger.full_pool.take_refused().items():
+        report = Report.of(decision).as_dict(with_layers=False)
+        for request in scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED):
             output = EngineCoreOutput(
                 request_id=request.request_id,
                 new_token_ids=[],
                 finish_reason=request.get_finished_reason(),
-                kv_transfer_params={REPORT_KEY: ledger.refusal_report(refusal)},
+                kv_transfer_params={REPORT_KEY: report},
             )
             ended.append((request.client_index, output))
     return ended
