@@ -409,7 +409,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.ledger = make_ledger(self.SWAP_BLOCKS, slots=self.MAX_RUNNING * self.IN_FLIGHT)
         self.waiting: list[Request] = []
         self.running: list[Request] = []
-        self.workers = SequenceTable(self.MAX_RUNNING * self.IN_FLIGHT, max_model_len=600)
+        self.workers = SequenceTable(self.MAX_RUNNING * self.IN_FLIGHT)
         self.in_flight: deque[dict[str, SequenceRecord]] = deque()
         self.on_workers: dict[str, SequenceRecord] = {}
         self.steps_of_life: dict[int, int] = {}
