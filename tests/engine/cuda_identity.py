@@ -21,6 +21,7 @@ from tests.engine.harness import Ask, Engine, assert_equal_to_reference
 from tests.reference.codecs import read_bytes
 from tests.support.interpreter import answer_for_a_gpu, few_splits, patch_language_once
 from vllm_calidrop.hooks.wrap import installed_vllm_version
+from vllm_calidrop.ops.registry import choice
 
 
 class Replays:
@@ -29,8 +30,7 @@ class Replays:
     def __init__(self, runner: Any) -> None:
         from vllm.v1.worker.gpu.cudagraph_utils import prepare_inputs_to_capture
 
-        from vllm_calidrop.attention.cuda_impl import CaliDropCudaImpl
-        from vllm_calidrop.attention.cuda_metadata import CaliDropCudaMetadataBuilder
+        from vllm_calidrop.attention.cuda import CaliDropCudaImpl, CaliDropCudaMetadataBuilder
 
         CaliDropCudaMetadataBuilder._replays_graphs = True  # type: ignore[assignment,method-assign]
         layers = sorted(runner.vllm_config.compilation_config.static_forward_context)
@@ -87,7 +87,8 @@ def main() -> None:
     )
     is_v2 = os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "1"
     assert type(engine.worker.model_runner).__module__ == f"vllm.v1.worker.{'cpu.' if is_v2 else 'cpu_'}model_runner"
-    assert type(engine.worker.calidrop).__name__ == "CaliDropCudaWorker"
+    operators = engine.worker.calidrop.operators.name
+    assert operators == {"auto": "triton"}.get(choice(), choice())
 
     settings = [
         {"kv_policy": policy, "kv_gate": gate, **calibration}
@@ -110,7 +111,7 @@ def main() -> None:
         reports
     )
     engine.assert_nothing_in_use()
-    print("reference: equal")
+    print(f"{operators} against the reference: equal")
     if replays is not None:
         assert replays.replayed >= 2 and replays.batches > replays.replayed, (replays.replayed, replays.batches)
         print("captured metadata: equal")

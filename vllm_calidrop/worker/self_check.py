@@ -9,6 +9,7 @@ swap pool itself.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from vllm_calidrop.ops.contract import Rows
 from vllm_calidrop.ops.reference import ReferenceSet
 from vllm_calidrop.ops.similarity import similarity_histogram
 from vllm_calidrop.ops.state import store_state
+from vllm_calidrop.ops.strided import StridedCache
 from vllm_calidrop.records import SequenceRecord
 from vllm_calidrop.worker.slots import SlotTables
 from vllm_calidrop.worker.state_table import StateTable
@@ -37,9 +39,12 @@ TOKENS, BUDGET, WINDOW = 200, 40, 16
 # Weights are rounded to the cache's dtype before they meet the values.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 SUMS_TOLERANCE = 2e-4
-# Of the decoded numbers, which are normal ones: the device may round another way than the host at the edge of a code.
+# How much further from the tokens' own KV, which are normal numbers, the device's codes may be than the host's worst:
+# at the edge of a code the two may round in different directions.
 CODES_TOLERANCE = 0.05
-RECOMPUTES, MERGES, ROWS = 0, 1, 3
+# Of a state over decoded KV, where queries and weights count to 16 bits.
+CODED_STATE_TOLERANCE = 5e-4
+RECOMPUTES, MERGES, PADDING, ROWS = 0, 1, 2, 3
 
 
 class SelfCheckError(RuntimeError):
@@ -52,6 +57,7 @@ def self_check(worker: CaliDropWorker, kv_cache: Tensor, scale: float) -> None:
     check = _Check(worker, kv_cache, scale)
     check.observe()
     check.move()
+    check.calibrate()
     for codec in check.codecs():
         check.pack(codec)
         check.decode(codec)
@@ -79,6 +85,7 @@ class _Side:
         )
         self.operators = operators(tables, model, ROWS)
         self.cache = self.operators.cache_of(kv_cache)
+        self.by_token = StridedCache(kv_cache)
 
 
 class _Check:
@@ -109,18 +116,16 @@ class _Check:
 
     def _write(self) -> None:
         for side in (self.mine, self.reference):
-            blocks, kv = self.blocks.to(side.device), (self.keys.to(side.device), self.values.to(side.device))
-            with self._of("put"):
-                side.operators.put(side.cache, blocks, 0, *kv)
+            keys, values = self.keys.to(side.device), self.values.to(side.device)
+            side.by_token.put(self.blocks.to(side.device), 0, keys, values)
 
     def codecs(self) -> list[Codec]:
-        """Those that the set serves and the pool has room for."""
+        """Those that the set serves; without a pool nothing can be encoded."""
         names = self.mine.operators.VALUES.get("kv_codec")
-        stored = self.evicted.shape[1]
         found = [codec for codec in self.worker.pool.codecs if names is None or codec.name in names]
         if not self.mine.operators.decodes_first:
             found = [codec for codec in found if codec.kernel_layout() is not None]
-        return [codec for codec in found if stored and codec.blocks_for(stored) <= self.worker.pool.pages.shape[1]]
+        return found if self.evicted.shape[1] else found[:1]
 
     def observe(self) -> None:
         sums = []
@@ -133,7 +138,7 @@ class _Check:
         self._compare("observe", sums[0], sums[1], SUMS_TOLERANCE)
 
     def move(self) -> None:
-        """The kept tokens to the end of the prompt, and what then lies there."""
+        """The kept tokens to the end of the prompt, and what then lies in all of it."""
         found = []
         for side in (self.mine, self.reference):
             blocks, kept = self.blocks.to(side.device), self.kept.to(side.device)
@@ -141,15 +146,23 @@ class _Check:
                 taken = side.operators.take(side.cache, blocks, kept)
             with self._of("put"):
                 side.operators.put(side.cache, blocks, TOKENS - BUDGET, *taken)
-                last = torch.arange(TOKENS - BUDGET, TOKENS, device=side.device)
-                heads = self.model.num_kv_heads
-                found.append((*taken, *side.operators.take(side.cache, blocks, last.expand(heads, -1).contiguous())))
+            found.append((*taken, *(read[0, :, :TOKENS] for read in side.by_token.read(blocks[None]))))
         for name, one, other in zip(("take", "take", "put", "put"), *found, strict=True):
             self._compare(name, one, other, 0)
         self._write()
 
+    def calibrate(self) -> None:
+        for side in (self.mine, self.reference):
+            blocks, evicted = self.blocks.to(side.device), self.evicted.to(side.device)
+            with self._of("calibrate"):
+                query = self.queries[-1].to(side.device)
+                side.operators.calibrate(query, side.cache, blocks, evicted, 0, MERGES, self.scale)
+        self._compare_tables("calibrate", TOLERANCE[self.model.dtype])
+
     def pack(self, codec: Codec) -> None:
-        """Encoded on the device and sent to the host; against the tokens' own KV where the codec is exact enough."""
+        """Encoded on the device, sent to the host and decoded there; against the tokens' own KV."""
+        if not self.evicted.shape[1]:
+            return
         pool, name = self.worker.pool, f"pack, codec {codec.name}"
         ids = tuple(range(codec.blocks_for(self.evicted.shape[1])))
         with self._of(name):
@@ -162,12 +175,13 @@ class _Check:
             pool.join()
             heads = torch.arange(self.model.num_kv_heads)
             read = pool.read(0, torch.tensor([ids]).expand(len(heads), -1), heads, number_of(codec.name))
-        blocks = codec.encode(*(_taken(x, self.evicted) for x in (self.keys, self.values))).blocks
-        wanted = codec.decode(blocks.flatten(0, 1))
-        exact = 0 if codec.name == "none" else CODES_TOLERANCE
-        for one, other in zip(read, wanted, strict=True):
-            stored = self.evicted.shape[1]
-            self._compare(name, one[:, :stored], other.reshape(one.shape)[:, :stored], exact)
+        kv = tuple(_taken(x, self.evicted) for x in (self.keys, self.values))
+        by_host = codec.decode(codec.encode(*kv).blocks.flatten(0, 1))
+        for found, coded, exact in zip(read, by_host, kv, strict=True):
+            stored, exact = exact.shape[1], exact.float()
+            lost = float((coded.reshape(found.shape)[:, :stored].float() - exact).abs().max())
+            further = (found[:, :stored].float() - exact).abs().sub(lost).clamp_min(0)
+            self._compare(name, further, torch.zeros_like(further), CODES_TOLERANCE if lost else 0)
 
     def decode(self, codec: Codec) -> None:
         """Three rows of the compacted prompt: one must recompute, one must merge, one pads the batch."""
@@ -178,13 +192,10 @@ class _Check:
             operators, device = side.operators, side.device
             side.slots.admit([self._record(slot, codec) for slot in (RECOMPUTES, MERGES)])
             old = AttentionState(*(self._grouped(self.queries[row]).float().to(device) for row in (4, 5)))
-            earlier = AttentionState(old.out, old.lse[..., 0])
+            earlier = AttentionState(old.out, old.lse[..., 0] + math.log(BUDGET))  # weighs as much as the kept tokens
             for slot, row in ((RECOMPUTES, 3), (MERGES, MERGES)):
                 store_state(side.table.layers[0], slot, self._grouped(self.queries[row]).to(device), earlier)
             side.table.counts.zero_()
-            with self._of("calibrate"):
-                query = self.queries[3].to(device)
-                operators.calibrate(query, side.cache, blocks, self.evicted.to(device), 0, RECOMPUTES, self.scale)
             with self._of(name):
                 operators.put(side.cache, blocks, TOKENS - BUDGET, *operators.take(side.cache, blocks, kept))
                 outs.append(torch.full((ROWS, heads[0] * heads[1], self.model.head_dim), 7.0, device=device))
@@ -193,9 +204,8 @@ class _Check:
                     self.queries[:ROWS].to(device), outs[-1], side.cache, 0, self._rows(device), self.scale
                 )
         self._compare(name, outs[0], outs[1], TOLERANCE[self.model.dtype])
-        for field in ("query", "out", "lse", "counts"):
-            one, other = (getattr(side.table.layers[0], field) for side in (self.mine, self.reference))
-            self._compare(name, one, other, 0 if field in ("query", "counts") else TOLERANCE[self.model.dtype])
+        self._compare(name, outs[0][PADDING], outs[1][PADDING], 0)
+        self._compare_tables(name, TOLERANCE[self.model.dtype] if codec.name == "none" else CODED_STATE_TOLERANCE)
         self._write()  # compaction has moved the kept tokens over others
 
     def _record(self, slot: int, codec: Codec) -> SequenceRecord:
@@ -216,6 +226,11 @@ class _Check:
 
     def _grouped(self, x: Tensor) -> Tensor:
         return x.unflatten(0, (self.model.num_kv_heads, self.model.group))
+
+    def _compare_tables(self, operator: str, tolerance: float) -> None:
+        for field in ("query", "out", "lse", "counts"):
+            one, other = (getattr(side.table.layers[0], field) for side in (self.mine, self.reference))
+            self._compare(operator, one, other, 0 if field in ("query", "counts") else tolerance)
 
     def _compare(self, operator: str, found: Tensor, wanted: Tensor, tolerance: float) -> None:
         if wanted.numel() == 0:

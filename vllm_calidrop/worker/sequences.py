@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -46,11 +47,15 @@ class SequenceTable:
     def get(self, request_id: str) -> Sequence | None:
         return self._by_id.get(request_id)
 
+    def among(self, request_ids: Iterable[str]) -> list[Sequence]:
+        """The sequences of these requests, in their order, without those that are never compacted."""
+        found = map(self._by_id.get, request_ids)
+        return [one for one in found if one is not None]
+
     def slots_of(self, request_ids: list[str]) -> np.ndarray:
         """int64 [rows]: each row's state slot, -1 for a sequence that is never compacted."""
-        get = self._by_id.get
-        found = (get(request_id) for request_id in request_ids)
-        return np.fromiter((-1 if one is None else one.record.slot for one in found), np.int64, len(request_ids))
+        found = map(self._by_id.get, request_ids)
+        return np.array([-1 if one is None else one.record.slot for one in found], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._by_id)

@@ -65,7 +65,8 @@ class CaliDropWorker:
         tables = Tables(self.slots.sequences, self.slots.recall, self.table.layers, similarity, pool, self.recall)
         self.operators = operators(tables, model, max_rows)
         self.on_compaction: CompactionListener | None = None
-        self._step_ids: list[str] = []
+        self._scheduled: list[Sequence] = []
+        self._unfinished: list[Sequence] = []
 
     @staticmethod
     def table_bytes(max_model_len: int, num_slots: int, max_rows: int) -> int:
@@ -80,12 +81,25 @@ class CaliDropWorker:
                 self.table.admit(record.slot)
                 self.recall.admit(record)
             self.slots.admit(admitted)
-        self._step_ids = [request_id for request_id in scheduled_ids if self.sequences.get(request_id) is not None]
+            living = (*self._unfinished, *self.sequences.among([record.request_id for record in admitted]))
+            self._unfinished = [one for one in living if self.sequences.get(one.record.request_id) is one]
+        self._scheduled = self.sequences.among(scheduled_ids)
         self.pool.join()
 
     def has_unfinished_prompt(self) -> bool:
-        """Whether a prompt that will be compacted is scheduled and was not complete before this step."""
-        return any(self._done(i) < sequence.record.compaction_point for i, sequence in self._step_sequences())
+        """Whether a prompt that will be compacted is scheduled and was not complete before this step.
+
+        Asked when the runner has taken in the step. Prompts that are complete are not asked about again.
+        """
+        if not self._unfinished:
+            return False
+        scheduled = {id(one) for one in self._scheduled}
+        self._unfinished = [
+            one
+            for one in self._unfinished
+            if id(one) not in scheduled or self._done(one.record.request_id) < one.record.compaction_point
+        ]
+        return any(id(one) in scheduled for one in self._unfinished)
 
     def close(self) -> None:
         """Give back what is not freed with this object."""
@@ -108,17 +122,11 @@ class CaliDropWorker:
 
     def step_counts(self) -> tuple[list[tuple[str, int]], Tensor]:
         """Counters of the step's sequences: (request id, admission), and int64 [n, layers, COUNTERS], a copy."""
-        records = [sequence.record for _, sequence in self._step_sequences()]
+        records = [sequence.record for sequence in self._scheduled]
         index = torch.empty(len(records), dtype=torch.int64, device=self.device)
-        upload(np.fromiter((record.slot for record in records), np.int64, len(records)), index)
+        upload(np.array([record.slot for record in records], dtype=np.int64), index)
         owners = [(record.request_id, record.admission) for record in records]
         return owners, self.table.counts.index_select(0, index)
-
-    def _step_sequences(self) -> Iterator[tuple[str, Sequence]]:
-        for request_id in self._step_ids:
-            sequence = self.sequences.get(request_id)
-            if sequence is not None:
-                yield request_id, sequence
 
     def _done(self, request_id: str) -> int:
         """Tokens of a request computed before this step: V2 keeps them in its request table, V1 in its batch."""
