@@ -68,13 +68,13 @@ def test_every_prompt_and_every_child(engine: Engine, records: list[dict[str, An
     assert kept(many) == [[(24, 26)] * 3, [(24, 56)] * 3]
     assert len(records) == 2 + 6
     for extra_args in records:
-        assert RequestSettings.from_record(extra_args["calidrop"]).kv_budget == BUDGET
+        assert RequestSettings.from_record(extra_args["calidrop_settings"]).kv_budget == BUDGET
 
 
 def test_no_budget_has_a_record_too(engine: Engine, records: list[dict[str, Any]]) -> None:
     assert kept(generate(engine, None)) == [[(50, 0)], [(80, 0)]]
     assert kept(generate(engine, {"kv_budget": None, "mine": 1})) == [[(50, 0)], [(80, 0)]]
-    assert [extra_args["calidrop"]["kv_budget"] for extra_args in records] == [None] * 4
+    assert [extra_args["calidrop_settings"]["kv_budget"] for extra_args in records] == [None] * 4
     assert records[-1]["mine"] == 1
 
 
@@ -110,7 +110,12 @@ def test_beam_search_without_a_budget(engine: Engine) -> None:
 
 @pytest.mark.parametrize(
     ("extra_args", "name"),
-    [({"kv_budget": 0}, "kv_budget"), ({"kv_codec": 1}, "kv_codec"), ({"calidrop": {}}, "calidrop")],
+    [
+        ({"kv_budget": 0}, "kv_budget"),
+        ({"kv_codec": 1}, "kv_codec"),
+        ({"calidrop": {}}, "calidrop"),
+        ({"calidrop_settings": {}}, "calidrop_settings"),
+    ],
 )
 def test_refused_and_nothing_left_behind(engine: Engine, extra_args: dict[str, Any], name: str) -> None:
     from vllm.exceptions import VLLMValidationError

@@ -344,7 +344,7 @@ class TestInputProcessor:
 
         for extra in (None, {}, {"kv_budget": 8}, {"mine": 1, "kv_budget": None}):
             sent = self.process(extra)
-            record = sent.pop("calidrop")
+            record = sent.pop("calidrop_settings")
             assert sent == (extra or {})
             assert list(record) == list(RequestSettings.model_fields)
             assert record["kv_budget"] == (extra or {}).get("kv_budget")
@@ -358,6 +358,7 @@ class TestInputProcessor:
         [
             ({"kv_budget": 0}, "kv_budget"),
             ({"calidrop": {"kv_budget": 1}}, "calidrop"),
+            ({"calidrop_settings": {"kv_budget": 1}}, "calidrop_settings"),
             ({"kv_codec": 1}, "kv_codec"),
         ],
     )

@@ -26,6 +26,7 @@ from vllm_calidrop.scheduler.headroom import KVBlocks, most_blocks, outgrows
 from vllm_calidrop.scheduler.ledger import Ledger
 from vllm_calidrop.scheduler.living import settings_of
 from vllm_calidrop.scheduler.shape import Shape
+from vllm_calidrop.settings.request import RECORD_KEY
 from vllm_calidrop.settings.server import ServerSettings, resolve_request
 from vllm_calidrop.worker.sequences import SequenceTable
 
@@ -37,7 +38,7 @@ names = (f"r{number}" for number in itertools.count())
 def make_request(prompt_len: int, outputs: int = 0, **asked: Any) -> Request:
     """vLLM's own request, with the record the API process would have put on it."""
     record = resolve_request(asked, ServerSettings()).to_record()
-    params = SamplingParams(max_tokens=100, extra_args={"calidrop": record})
+    params = SamplingParams(max_tokens=100, extra_args={RECORD_KEY: record})
     request = Request(next(names), [1] * prompt_len, params, None)
     request.append_output_token_ids([2] * outputs)
     return request

@@ -41,7 +41,9 @@ MAX_BYTES = 2**62
 # Names beginning like ours that are vLLM's own (request fields and `extra_args`): they pass untouched.
 PREFIX = "kv_"
 VLLM_OWN_NAMES = frozenset({"kv_transfer_params", "kv_cache_report_mode", "kv_hints"})
-RECORD_KEY = "calidrop"
+# Where a request's complete settings travel to the engine (in `extra_args`), and where its report stands in responses.
+RECORD_KEY = "calidrop_settings"
+REPORT_KEY = "calidrop"
 
 
 class SettingsError(ValueError):
@@ -232,7 +234,7 @@ class RequestSettings(BaseModel):
         return self.compresses and self.kv_calibration and self.kv_calibration_size != 0
 
     def to_record(self) -> dict[str, Any]:
-        """The plain dict that travels to the engine as `extra_args["calidrop"]`."""
+        """The plain dict that travels to the engine as `extra_args[RECORD_KEY]`."""
         return self.model_dump()
 
     @classmethod

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_calidrop.settings.request import (
-    RECORD_KEY,
     LimitError,
     OnFull,
     PositiveCount,
@@ -21,6 +20,8 @@ from vllm_calidrop.settings.request import (
     is_ours,
     settings_error,
 )
+
+CONFIG_KEY = "calidrop"  # in --additional-config
 
 
 class ServerSettings(BaseModel):
@@ -49,11 +50,11 @@ class ServerSettings(BaseModel):
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> Self:
         """Read `VllmConfig.additional_config`; anything wrong is a ValueError that names the field."""
-        given = additional_config.get(RECORD_KEY) if isinstance(additional_config, Mapping) else None
+        given = additional_config.get(CONFIG_KEY) if isinstance(additional_config, Mapping) else None
         if given is None:
             given = {}
         if not isinstance(given, Mapping):
-            raise SettingsError(f'additional_config["{RECORD_KEY}"] must be an object, got {given!r}', RECORD_KEY)
+            raise SettingsError(f'additional_config["{CONFIG_KEY}"] must be an object, got {given!r}', CONFIG_KEY)
         defaults = {name: value for name, value in given.items() if name in RequestSettings.model_fields}
         own = {name: value for name, value in given.items() if name not in defaults}
         unknown = sorted(set(own) - (set(cls.model_fields) - {"request_defaults"}))

@@ -3,7 +3,7 @@
 Why: it is the only place that has both the request's parameters and the engine's own `VllmConfig` (a process may hold
 several engines), so the operator's defaults are read once in its `__init__` and each request's complete record is made
 in `process_inputs`. The record goes on the request-local copy of the parameters: the caller's own object is never
-changed, may be shared by requests and engines, and an `extra_args["calidrop"]` of the caller is an error.
+changed, may be shared by requests and engines, and a record that the caller puts there is an error.
 """
 
 from __future__ import annotations
@@ -17,11 +17,17 @@ from vllm_calidrop.hooks.on_import import when_imported
 from vllm_calidrop.hooks.wrap import wrap_method
 from vllm_calidrop.selection import is_selected
 from vllm_calidrop.settings.defaults import VersionedSettings
-from vllm_calidrop.settings.request import RECORD_KEY, LimitError, RequestSettings, SettingsError
+from vllm_calidrop.settings.request import RECORD_KEY, REPORT_KEY, LimitError, RequestSettings, SettingsError
 from vllm_calidrop.settings.server import ServerSettings, resolve_request
 from vllm_calidrop.support import refuse_settings
 
 _ATTRIBUTE = "calidrop_server_settings"
+
+# Names of ours that a caller may not give, and what they are.
+NOT_SETTINGS = {
+    REPORT_KEY: "it is the report of a response",
+    RECORD_KEY: "it is where the server puts the complete settings",
+}
 
 
 def install() -> None:
@@ -52,8 +58,9 @@ def apply_defaults(input_processor: Any, version: int, given: Mapping[str, Any])
 
 def settings_or_400(asked: Mapping[str, Any], server: ServerSettings) -> RequestSettings:
     """Resolve a request's names; anything wrong becomes the HTTP 400 that names the field."""
-    if RECORD_KEY in asked:
-        raise bad_request(f"{RECORD_KEY} is not a setting: it is the report of a response", RECORD_KEY)
+    for name, what in NOT_SETTINGS.items():
+        if name in asked:
+            raise bad_request(f"{name} is not a setting: {what}", name)
     try:
         settings = resolve_request(asked, server)
         refuse_settings(settings)

@@ -18,7 +18,7 @@ from vllm_calidrop.hooks.api.input_processor import server_settings
 from vllm_calidrop.hooks.api.output_processor import report_of
 from vllm_calidrop.hooks.on_import import when_imported
 from vllm_calidrop.hooks.wrap import wrap_method
-from vllm_calidrop.settings.request import RECORD_KEY
+from vllm_calidrop.settings.request import REPORT_KEY
 
 _OPENAI = "vllm.entrypoints.openai"
 _DONE = "data: [DONE]"
@@ -106,7 +106,7 @@ def _attach(response: Any, reports: Reports) -> None:
     from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
     if not isinstance(response, ErrorResponse):
-        setattr(response, RECORD_KEY, reports)  # the models of responses allow extra fields
+        setattr(response, REPORT_KEY, reports)  # the models of responses allow extra fields
 
 
 def _reporting_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -195,7 +195,7 @@ def _reporting_response(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         response = await original(self, request, sampling_params, result_generator, context, *args, **kwargs)
         if _selected(self):
-            _attach(response, [getattr(context, RECORD_KEY, None)])
+            _attach(response, [getattr(context, REPORT_KEY, None)])
         return response
 
     return responses_full_generator
@@ -205,7 +205,7 @@ def _remembering_report(original: Callable[..., Any]) -> Callable[..., Any]:
     # With built-in tools a response takes several engine requests; the last one's report counts.
     def append_output(self: Any, output: Any) -> Any:
         if output.outputs:
-            setattr(self, RECORD_KEY, report_of(output.outputs[0]))
+            setattr(self, REPORT_KEY, report_of(output.outputs[0]))
         return original(self, output)
 
     return append_output
@@ -238,5 +238,5 @@ def _with_reports(chunk: str, latest: Reports) -> str:
     body = chunk.rstrip("\n")
     if not body.startswith("data: {") or body.startswith('data: {"error"'):
         return chunk
-    field = json.dumps({RECORD_KEY: latest}, separators=(",", ":"))
+    field = json.dumps({REPORT_KEY: latest}, separators=(",", ":"))
     return f"{body[:-1]},{field[1:]}\n\n"

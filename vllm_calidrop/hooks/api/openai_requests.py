@@ -16,10 +16,10 @@ from types import ModuleType
 from typing import Any
 
 from vllm_calidrop.hooks.api import verdict
-from vllm_calidrop.hooks.api.input_processor import bad_request, server_settings, settings_or_400
+from vllm_calidrop.hooks.api.input_processor import NOT_SETTINGS, bad_request, server_settings, settings_or_400
 from vllm_calidrop.hooks.on_import import when_imported
 from vllm_calidrop.hooks.wrap import wrap_method
-from vllm_calidrop.settings.request import RECORD_KEY, RequestSettings, is_ours
+from vllm_calidrop.settings.request import RequestSettings, is_ours
 
 _OPENAI = "vllm.entrypoints.openai"
 _HANDLERS = (
@@ -139,7 +139,7 @@ def asked_names(request: Any, body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _ours(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if is_ours(name) or name == RECORD_KEY}
+    return {name: value for name, value in fields.items() if is_ours(name) or name in NOT_SETTINGS}
 
 
 async def _json_body(raw_request: Any) -> Mapping[str, Any]:

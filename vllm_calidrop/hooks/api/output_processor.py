@@ -15,7 +15,7 @@ from typing import Any
 
 from vllm_calidrop.hooks.on_import import when_imported
 from vllm_calidrop.hooks.wrap import wrap_method
-from vllm_calidrop.settings.request import RECORD_KEY
+from vllm_calidrop.settings.request import REPORT_KEY
 
 _EXPECTED = ("self", "new_token_ids", "pooling_output", "finish_reason", "stop_reason", "kv_transfer_params")
 
@@ -26,7 +26,7 @@ def install() -> None:
 
 def report_of(completion: Any) -> dict[str, Any] | None:
     """The report of one completion so far; None without the backend, or before the engine's first answer."""
-    report: dict[str, Any] | None = getattr(completion, RECORD_KEY, None)
+    report: dict[str, Any] | None = getattr(completion, REPORT_KEY, None)
     return report
 
 
@@ -48,9 +48,9 @@ def _keeping_report(original: Callable[..., Any]) -> Callable[..., Any]:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        if kv_transfer_params and RECORD_KEY in kv_transfer_params:
-            self.__dict__.setdefault(RECORD_KEY, {}).update(kv_transfer_params[RECORD_KEY])
-            rest = {name: value for name, value in kv_transfer_params.items() if name != RECORD_KEY}
+        if kv_transfer_params and REPORT_KEY in kv_transfer_params:
+            self.__dict__.setdefault(REPORT_KEY, {}).update(kv_transfer_params[REPORT_KEY])
+            rest = {name: value for name, value in kv_transfer_params.items() if name != REPORT_KEY}
             kv_transfer_params = rest or None
         return original(
             self,
@@ -69,7 +69,7 @@ def _keeping_report(original: Callable[..., Any]) -> Callable[..., Any]:
 def _attaching_report(original: Callable[..., Any]) -> Callable[..., Any]:
     def _new_completion_output(self: Any, *args: Any, **kwargs: Any) -> Any:
         completion = original(self, *args, **kwargs)
-        report = getattr(self, RECORD_KEY, None)
+        report = getattr(self, REPORT_KEY, None)
         if report is not None:
             completion.calidrop = report
         return completion

@@ -14,7 +14,7 @@ from typing import Any
 
 from vllm_calidrop.hooks.on_import import when_imported
 from vllm_calidrop.hooks.wrap import wrap_method
-from vllm_calidrop.settings.request import RECORD_KEY
+from vllm_calidrop.settings.request import REPORT_KEY
 
 PREFIX = "calidrop."
 _report: ContextVar[dict[str, Any] | None] = ContextVar("report of the traced request", default=None)
@@ -37,7 +37,7 @@ def _wrap(module: ModuleType) -> None:
 
 def _remembering_report(original: Callable[..., Any]) -> Callable[..., Any]:
     def do_tracing(self: Any, engine_core_output: Any, req_state: Any, iteration_stats: Any) -> Any:
-        token = _report.set(getattr(req_state, RECORD_KEY, None))
+        token = _report.set(getattr(req_state, REPORT_KEY, None))
         try:
             return original(self, engine_core_output, req_state, iteration_stats)
         finally:

@@ -15,8 +15,7 @@ from vllm_calidrop.hooks.on_import import when_imported
 from vllm_calidrop.hooks.wrap import wrap_method
 from vllm_calidrop.records import COUNTERS_ATTRIBUTE, MEASURES_ATTRIBUTE, RECORDS_ATTRIBUTE
 from vllm_calidrop.selection import is_selected
-
-REPORT_KEY = "calidrop"
+from vllm_calidrop.settings.request import REPORT_KEY
 
 
 def install() -> None:
