@@ -138,6 +138,7 @@ def _costs(summary: dict[str, Any], length: str) -> str:
         "KV size",
         "Method",
         "score [95 %]",
+        "minus full KV [95 %]",
         "n",
         "recompute, per head",
         "look, per head",
@@ -153,9 +154,9 @@ def _costs(summary: dict[str, Any], length: str) -> str:
         total = row["lengths"][length].get(ALL)
         if total is None:
             continue
-        score = f"{100 * total['score']:.1f}"
-        if total["low"] is not None:
-            score += f" [{100 * total['low']:.1f}, {100 * total['high']:.1f}]"
+        score = _with_interval(total["score"], total)
+        against = total.get("against_full")
+        less = _with_interval(against["mean"], against, "+") if against else ""
         calibrated = (row["thresholds"] or row["recall"] is not None) and "recompute_rate" in total
         cells = [""] * 8
         if calibrated:
@@ -168,8 +169,16 @@ def _costs(summary: dict[str, Any], length: str) -> str:
                 f"{total['bytes_read'] / 1e6:.2f}",
                 " ".join(f"{rate:.2f}" for rate in total["recompute_by_layer"]),
             ]
-        lines.append(_line([str(row["budget"] or "full"), _name(summary, row), score, str(total["n"]), *cells]))
+        lines.append(_line([str(row["budget"] or "full"), _name(summary, row), score, less, str(total["n"]), *cells]))
     return "\n".join(lines)
+
+
+def _with_interval(value: float, bounds: dict[str, Any], sign: str = "") -> str:
+    """In percent, with the interval's ends where there is one."""
+    text = f"{100 * value:{sign}.1f}"
+    if bounds["low"] is None:
+        return text
+    return f"{text} [{100 * bounds['low']:{sign}.1f}, {100 * bounds['high']:{sign}.1f}]"
 
 
 def _percent(value: float | None) -> str:

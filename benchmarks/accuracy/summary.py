@@ -72,6 +72,17 @@ def figures(records: list[Record], shape: ModelShape, resamples: int, seed: int)
     }
 
 
+def difference(records: list[Record], full: list[Record], resamples: int, seed: int) -> dict[str, Any]:
+    """Score minus full KV's, prompt by prompt; `full` holds the same prompts in the same order. `low` and `high` are
+    the 95 % interval, prompts drawn within each task, None where a task has too few."""
+    by_task: dict[str, list[float]] = defaultdict(list)
+    for record, other in zip(records, full, strict=True):
+        assert (record["task"], record["index"]) == (other["task"], other["index"])
+        by_task[record["task"]].append(record["score"] - other["score"])
+    low, high = interval(by_task, resamples, seed) or (None, None)
+    return {"mean": float(np.mean([np.mean(values) for values in by_task.values()])), "low": low, "high": high}
+
+
 def cost(records: list[Record], shape: ModelShape) -> dict[str, Any]:
     """What the server's reports say; None where it sent none.
 
@@ -136,6 +147,7 @@ def summarize(config: Config, samples: list[Sample], folder: Path) -> dict[str, 
     answers = complete(read(folder / "results.jsonl"), samples, cells)
     lengths = sorted({sample.length for sample in samples})
     tasks = list(dict.fromkeys(sample.task for sample in sorted(samples, key=lambda s: s.index)))
+    full_cell = next((cell for cell in cells if cell.policy is None), None)
     rows = []
     for cell in cells:
         table: dict[str, dict[str, Any]] = {}
@@ -147,6 +159,9 @@ def summarize(config: Config, samples: list[Sample], folder: Path) -> dict[str, 
             table[str(length)] = {
                 name: figures(group, shape, config.bootstrap, config.seed) for name, group in groups.items() if group
             }
+            if here and full_cell is not None and cell is not full_cell:
+                full = [record for record in answers[full_cell.id] if record["length"] == length]
+                table[str(length)][ALL]["against_full"] = difference(here, full, config.bootstrap, config.seed)
         rows.append(
             {
                 "id": cell.id,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -55,6 +56,32 @@ def test_run_resume_estimate_report(
     assert command(monkeypatch, config, "--out", out, "--report-only") == 0
     assert "| FullKV | 0.00 | 0.00 |  |" in (out / "report.md").read_text()
     assert json.loads((out / "summary.json").read_text())["complete_samples"] == 4
+
+
+def test_packages_that_are_missing_are_named(config: Path, tmp_path: Path) -> None:
+    """Where only `make install` was done, requests can be counted, and a run ends with one sentence."""
+    code = f"""
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("matplotlib", "rapidfuzz", "rouge_score"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing())
+import importlib.util
+found = importlib.util.find_spec
+hidden = ("matplotlib", "rapidfuzz", "rouge_score")
+importlib.util.find_spec = lambda name, *rest: None if name in hidden else found(name, *rest)
+from benchmarks.accuracy.__main__ import main
+for arguments in (["--dry-run"], ["--base-url", "http://127.0.0.1:9/v1"]):
+    sys.argv = ["accuracy", {str(config)!r}, "--out", {str(tmp_path / "out")!r}, *arguments]
+    print(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "4 prompts x 3 cells = 12 requests" in done.stdout and done.returncode == 1, done.stderr
+    assert "this command needs matplotlib, rapidfuzz, rouge-score: `make install-dev`" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_failures_are_the_exit_status(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -267,6 +267,8 @@ def test_summary_counts(tmp_path: Path) -> None:
     assert full["all"]["score"] == calibrated["all"]["score"] == 1
     assert evicted["single"]["score"] == pytest.approx(0.6) and evicted["all"]["score"] == pytest.approx(0.8)
     assert evicted["all"]["low"] is None, "five prompts of a task are too few for an interval"
+    assert evicted["all"]["against_full"] == pytest.approx({"mean": -0.2, "low": None, "high": None})
+    assert "against_full" not in full["all"] and calibrated["all"]["against_full"]["mean"] == 0
     total = calibrated["all"]
     assert (total["n"], total["bytes_read"]) == (10, 1000)
     # 32 decisions: 4 recompute, 10 merge, 18 kept only; 4 steps x 2 layers x 2 KV heads = 16 possible reads, 2 done.
@@ -336,6 +338,15 @@ def test_interval_of_a_mean() -> None:
     assert low == pytest.approx(0.5 - 1.96 * 0.05, abs=0.015) and high == pytest.approx(0.5 + 1.96 * 0.05, abs=0.015)
     assert interval({"a": [1.0] * 9}, 500, 0) is None
     assert interval(scores, 500, 3) == interval(scores, 500, 3)
+
+
+def test_differences_are_paired() -> None:
+    """Two rows that fail at the same prompts differ nowhere, however much the scores spread."""
+    records = [{"task": "a", "index": i, "score": float(i % 2)} for i in range(20)]
+    assert summary.difference(records, records, 500, 0) == {"mean": 0, "low": 0, "high": 0}
+    worse = [record | {"score": 0.0} for record in records]
+    found = summary.difference(worse, records, 2000, 0)
+    assert found["mean"] == -0.5 and -0.8 < found["low"] < -0.5 < found["high"] < -0.2
 
 
 def test_looks_are_called_looks() -> None:
