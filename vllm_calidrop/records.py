@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -81,19 +81,19 @@ class StepRecords:
     admitted: list[SequenceRecord] = field(default_factory=list)
 
 
-@dataclass
-class SequenceCounters:
+class SequenceCounters(NamedTuple):
     """Counters of one sequence since its admission, summed over ranks. counts: int64 [layers, COUNTERS].
 
-    sums: those over the layers, where somebody has added them up already.
+    sums: those over the layers.
     """
 
     admission: int
     counts: np.ndarray
-    sums: list[int] = field(default_factory=list)
+    sums: list[int]
 
-    def __post_init__(self) -> None:
-        self.sums = self.sums or self.counts.sum(0).tolist()
+    @classmethod
+    def of(cls, admission: int, counts: np.ndarray) -> SequenceCounters:
+        return cls(admission, counts, counts.sum(0).tolist())
 
 
 def records_of(scheduler_output: Any) -> StepRecords | None:

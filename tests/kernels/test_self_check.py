@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.kernels.device import let_xformers_be_interpreted
 from tests.support.workers import cuda_worker
-from vllm_calidrop.evicted.codecs import NAMES
+from vllm_calidrop.evicted.codecs import CODECS
 from vllm_calidrop.memory import ModelShape
 from vllm_calidrop.ops.base import OperatorSet
 from vllm_calidrop.ops.triton.operators import TritonSet
@@ -77,7 +77,7 @@ def test_right_kernels_pass(
     with caplog.at_level("INFO", "vllm.calidrop"):
         self_check(worker, cache_of(worker, heads_outside), SCALE)
     assert "the triton operators checked on the host, interpreted" in caplog.text
-    codecs = NAMES if swap_blocks else ("none",)
+    codecs = CODECS if swap_blocks else ["none"]
     of_codecs = {f"{operator}, codec {name}" for operator in ("pack", "decode") for name in codecs}
     if not swap_blocks:  # without a pool nothing is packed, and a decode step has the kept tokens alone
         of_codecs.remove("pack, codec none")
@@ -144,7 +144,7 @@ def test_a_wrong_operator_is_named(
         self_check(worker, cache_of(worker), SCALE)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CODECS)
 def test_wrong_codes_are_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half the bytes of a packed block are others."""
     worker = worker_of()

@@ -25,6 +25,7 @@ from vllm_calidrop.records import COUNTERS, SequenceCounters, SequenceRecord
 from vllm_calidrop.scheduler.headroom import KVBlocks, most_blocks, outgrows
 from vllm_calidrop.scheduler.ledger import Ledger
 from vllm_calidrop.scheduler.living import settings_of
+from vllm_calidrop.scheduler.reports import NEWS_EVERY
 from vllm_calidrop.scheduler.shape import Shape
 from vllm_calidrop.settings.request import RECORD_KEY
 from vllm_calidrop.settings.server import ServerSettings, resolve_request
@@ -59,7 +60,7 @@ def admit(ledger: Ledger, request: Request) -> SequenceRecord | None:
 
 def counters_for(record: SequenceRecord, value: int) -> dict[str, SequenceCounters]:
     counts = np.full((SHAPE.num_layers, len(COUNTERS)), value, dtype=np.int64)
-    return {record.request_id: SequenceCounters(record.admission, counts)}
+    return {record.request_id: SequenceCounters.of(record.admission, counts)}
 
 
 def report_of(ledger: Ledger, request: Request) -> dict[str, Any]:
@@ -627,6 +628,7 @@ def test_headroom_is_not_wasted() -> None:
 def test_a_report_is_told_when_it_is_new_and_at_the_end() -> None:
     ledger = make_ledger()
     compacted, plain = make_request(1000, kv_budget=100), make_request(50)
+    compacted.sampling_params.stop = ["the API process alone sees this"]
     records = {request.request_id: admit(ledger, request) for request in (compacted, plain)}
     record = records[compacted.request_id]
     assert record is not None
@@ -646,6 +648,20 @@ def test_a_report_is_told_when_it_is_new_and_at_the_end() -> None:
     ledger.release(compacted.request_id)
     admit(ledger, compacted)
     assert ledger.reports.news(compacted.request_id, finished=False) is not None, "a new life is news"
+
+
+def test_a_report_whose_end_the_engine_sees_is_told_now_and_then() -> None:
+    ledger = make_ledger()
+    request = make_request(1000, kv_budget=100)
+    record = admit(ledger, request)
+    assert record is not None and ledger.reports.news(request.request_id, finished=False) is not None
+    told = []
+    for step in range(1, 2 * NEWS_EVERY + 2):
+        run_step(ledger, counters_for(record, step))
+        if ledger.reports.news(request.request_id, finished=False) is not None:
+            told.append(step)
+    assert told == [NEWS_EVERY, 2 * NEWS_EVERY]
+    assert ledger.reports.news(request.request_id, finished=True) == report_of(ledger, request)
 
 
 def certain(request: Request, tokens: int) -> Request:

@@ -48,7 +48,7 @@ def test_step_records_pickle(protocol: int) -> None:
 
 
 def test_counters_pickle() -> None:
-    counters = SequenceCounters(7, np.arange(8, dtype=np.int64).reshape(2, 4))
+    counters = SequenceCounters.of(7, np.arange(8, dtype=np.int64).reshape(2, 4))
     copy = pickle.loads(pickle.dumps(counters))
     assert copy.admission == 7 and copy.counts.dtype == np.int64
     assert np.array_equal(copy.counts, counters.counts)
@@ -65,7 +65,7 @@ def test_records_travel_on_vllms_own_objects() -> None:
     assert records_of(pickle.loads(pickle.dumps(output))) == StepRecords(admitted=[RECORD])
 
     answer = ModelRunnerOutput(req_ids=[], req_id_to_index={})
-    setattr(answer, COUNTERS_ATTRIBUTE, {"a-1": SequenceCounters(7, np.ones((2, 4)))})
+    setattr(answer, COUNTERS_ATTRIBUTE, {"a-1": SequenceCounters.of(7, np.ones((2, 4)))})
     copy = getattr(pickle.loads(pickle.dumps(answer)), COUNTERS_ATTRIBUTE)
     assert copy["a-1"].admission == 7
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vllm_calidrop.algorithm.calibration import attention_state
 from vllm_calidrop.evicted.codecs import Codec
-from vllm_calidrop.evicted.pool import SwapPool
+from vllm_calidrop.evicted.pool import BLOCKS_AT_ONCE, SwapPool
 from vllm_calidrop.evicted.recall.store import RecallStore
 from vllm_calidrop.ops.contract import Recall, Rows, Sequences, State
 from vllm_calidrop.ops.state import store_state
@@ -112,11 +112,16 @@ class OperatorSet(ABC):
 
         Returns bool [H]: the KV heads whose KV the codec refuses (`Encoded.refused`).
         """
-        encoded = codec.encode(*self.take(cache, blocks, positions))
-        if encoded.blocks.transpose(0, 1).shape != out.shape:
-            raise ValueError(f"the codec {codec.name} gave {tuple(encoded.blocks.shape)} for {tuple(positions.shape)}")
-        out.copy_(encoded.blocks.transpose(0, 1))
-        return encoded.refused
+        refused = []
+        # Some blocks at a time, so that copies stay small: `out` may be all of a staging buffer.
+        tokens = BLOCKS_AT_ONCE * codec.tokens_per_block
+        for some, part in zip(positions.split(tokens, 1), out.split(BLOCKS_AT_ONCE), strict=True):
+            encoded = codec.encode(*self.take(cache, blocks, some))
+            if encoded.blocks.transpose(0, 1).shape != part.shape:
+                raise ValueError(f"the codec {codec.name} gave {tuple(encoded.blocks.shape)} for {tuple(some.shape)}")
+            part.copy_(encoded.blocks.transpose(0, 1))
+            refused.append(encoded.refused)
+        return torch.stack(refused).any(0)
 
     def calibrate(
         self, query: Tensor, cache: Any, blocks: Tensor, evicted: Tensor, layer: int, slot: int, scale: float

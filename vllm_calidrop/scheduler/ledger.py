@@ -78,7 +78,8 @@ class Ledger:
         if settings is not None and decision.evicted:
             held = self.ids.take(decision.needs)
             record = _record(request, next(self._admissions), settings, decision, held)
-        self.reports.open(request.request_id, decision)
+        params = request.sampling_params
+        self.reports.open(request.request_id, decision, often=params is not None and bool(params.stop))
         self._living[request.request_id] = Living(request, record, held)
         return True
 

@@ -17,14 +17,17 @@ if TYPE_CHECKING:
 
 _GROUP_READS, _PAGES_READ = COUNTERS.index("group_reads"), COUNTERS.index("pages_read")
 
+# Steps after which the API process is told again of an answer whose end the engine will see.
+NEWS_EVERY = 16
+
 
 @dataclass
 class Report:
     """What the answer's `calidrop` object says; counters accumulate over preemptions.
 
     read_bytes: of one read: a KV head group's stored tokens, or a page where they are recalled by pages.
-    counted, compacted: whether the request is in the engine's totals already. told: whether the API process has it as
-    it is.
+    counted, compacted: whether the request is in the engine's totals already. often: tell every
+    change of it, as its end may be seen in the API process alone. changes: since the API process was told.
     """
 
     prompt_tokens: int
@@ -41,7 +44,8 @@ class Report:
     current: SequenceCounters | None = None
     counted: bool = False
     compacted: bool = False
-    told: bool = False
+    often: bool = True
+    changes: int = NEWS_EVERY
 
     @classmethod
     def of(cls, decision: Decision) -> Report:
@@ -113,9 +117,10 @@ class Reports:
     def __getitem__(self, request_id: str) -> Report:
         return self._reports[request_id]
 
-    def open(self, request_id: str, decision: Decision) -> None:
+    def open(self, request_id: str, decision: Decision, often: bool = True) -> None:
         """A request is admitted, perhaps again: what was counted before a preemption stays."""
         report, earlier = Report.of(decision), self._reports.get(request_id)
+        report.often = often
         if earlier is not None:
             report.earlier, report.earlier_bytes = earlier.counts, earlier.bytes_read
             report.counted, report.compacted = earlier.counted, earlier.compacted
@@ -123,7 +128,8 @@ class Reports:
 
     def count(self, request_id: str, counted: SequenceCounters) -> None:
         report = self._reports[request_id]
-        report.current, report.told = counted, False
+        report.current = counted
+        report.changes += 1
 
     def said(self, request_id: str, finished: bool) -> dict[str, Any] | None:
         """The report so far; with the counters of every layer once the request is finished."""
@@ -131,11 +137,13 @@ class Reports:
         return report.as_dict(with_layers=finished) if report else None
 
     def news(self, request_id: str, finished: bool) -> dict[str, Any] | None:
-        """The same, unless the API process has it as it is; it gets the last one of a request in any case."""
+        """The same, unless the API process has it nearly as it is. It gets the last one of a request in any case, and
+        every change where only it sees the end of the answer (a stop string); of an aborted request it may lack the
+        last NEWS_EVERY steps."""
         report = self._reports.get(request_id)
-        if report is None or (report.told and not finished):
+        if report is None or (not finished and report.changes < (1 if report.often else NEWS_EVERY)):
             return None
-        report.told = True
+        report.changes = 0
         return self.said(request_id, finished)
 
     def all(self) -> list[Report]:
