@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from benchmarks.recall_check import synthetic
+from benchmarks.recall_check.__main__ import verdict
 from benchmarks.recall_check.evaluate import Figures, LayerKV, Rule, _kept_states, _wanted, evaluate
 from vllm_calidrop.evicted.recall.looks import page_shares
 from vllm_calidrop.evicted.recall.sketch import encode, estimate
@@ -71,3 +74,31 @@ def test_every_page_at_every_look_is_full_attention(stress: LayerKV, rule: Rule)
     assert figures.quantile("error pages, look always", 1.0) < 1e-4
     assert figures.mean("read pages, look always") == 1.0
     assert not math.isclose(figures.mean("error none"), 0)
+
+
+def test_the_verdict_names_the_layers_where_a_rule_is_worse_than_none() -> None:
+    """Two layers: pages help in the first and harm in the second, the buffer helps in both."""
+    layers = {}
+    for layer, pages in enumerate((0.2, 0.9)):
+        figures = layers[layer] = Figures()
+        for name, value in {"none": 0.5, "pages": pages, "buffer": 0.1, "all": 0.4}.items():
+            figures.add(f"error {name}", torch.tensor([value]))
+            figures.add(f"read {name}", torch.tensor([0.25]))
+        figures.add("unread", torch.full((40,), 0.1 * (layer + 1)))
+    text = verdict(layers)
+    assert "pages: mean error 0.550 of 0.500" in text and "worse than nothing recalled in 1 of 2 layers (1)" in text
+    assert "pages with the buffer: mean error 0.100 of 0.500" in text and text.count("in no layer") == 2
+    assert "reading 25.00 %" in text and "most unread in layer 1" in text
+
+
+def test_a_model_is_reported_with_header_and_verdict() -> None:
+    """The small model on its own language, as the command prints it."""
+    command = [sys.executable, "-m", "benchmarks.recall_check", "--model", "benchmarks/small_model/smooth"]
+    done = subprocess.run(
+        [*command, "--count", "1", "--length", "200", "--steps", "4"], capture_output=True, text=True, check=True
+    )
+    header, rule, *rest = done.stdout.splitlines()
+    assert header.startswith("benchmarks/small_model/smooth, 1 prompts of ") and "64 tokens kept per KV head" in header
+    assert rule.startswith("Pages: k 4, eps 0.02")
+    assert sum(line.startswith("| ") for line in rest) == 2 + 4, "a head, a rule below it and four layers"
+    assert "On this model and these prompts" in done.stdout and "prompts: 100%" in done.stderr
