@@ -19,13 +19,13 @@ from vllm_calidrop.memory import (
     recall_pool_bytes,
     recall_pools,
     sketch_block_bytes,
+    state_slot_bytes,
     swap_block_bytes,
 )
 from vllm_calidrop.scheduler.admission import decide
 from vllm_calidrop.scheduler.shape import Shape
 from vllm_calidrop.settings.request import RequestSettings, SettingsError
 from vllm_calidrop.settings.server import ServerSettings
-from vllm_calidrop.worker.state_table import StateTable
 
 Device = Literal["gpu", "cpu"]
 
@@ -80,9 +80,7 @@ def beside_the_pools(
         return dataclasses.asdict(footprint(shape, num_slots, settings))
     from vllm_calidrop.worker.room import device_bytes
 
-    state_table = num_slots * StateTable.slot_bytes(
-        shape.num_layers, shape.num_query_heads, shape.head_dim, shape.dtype
-    )
+    state_table = num_slots * state_slot_bytes(shape)
     prefill_state = settings.prefill_state_bytes
     whole = device_bytes(shape, num_slots, max_num_seqs, max_batched, settings)
     scratch = whole - state_table - prefill_state

@@ -13,9 +13,9 @@ from vllm_calidrop.evicted.layout import swap_blocks_for
 from vllm_calidrop.evicted.pool import SwapPool
 from vllm_calidrop.evicted.recall.sketch import padded_dim
 from vllm_calidrop.evicted.recall.store import RecallStore
+from vllm_calidrop.records import COUNTERS
 from vllm_calidrop.settings.request import DEFAULT_PAGES
 from vllm_calidrop.settings.server import ServerSettings
-from vllm_calidrop.worker.state_table import StateTable
 
 # Without --additional-config: the swap pool is at most twice the KV pool and at most this part of free host memory.
 SWAP_PER_KV = 2
@@ -92,7 +92,7 @@ class Footprint:
 
 def footprint(shape: ModelShape, num_slots: int, settings: ServerSettings) -> Footprint:
     """State table, stashes of prompts in prefill (bounded by a setting), and the scratch of the largest compaction."""
-    slot = StateTable.slot_bytes(shape.num_layers, shape.num_query_heads, shape.head_dim, shape.dtype)
+    slot = state_slot_bytes(shape)
     tokens, item = shape.max_model_len, shape.dtype.itemsize
     # K and V of the whole prompt as read, again in fp32, the evicted and kept copies, the padded run for the pool.
     kv = shape.num_kv_heads * tokens * 2 * shape.head_dim * (3 * item + 4)
@@ -103,6 +103,12 @@ def footprint(shape: ModelShape, num_slots: int, settings: ServerSettings) -> Fo
     sketch = shape.num_kv_heads * tokens * padded_dim(shape.head_dim) * 4 * 4
     recall = num_slots * RecallStore.slot_bytes(shape.num_layers, shape.num_kv_heads, shape.head_dim)
     return Footprint(num_slots * slot, recall, settings.prefill_state_bytes, kv + scores + sketch + encode)
+
+
+def state_slot_bytes(shape: KVShape) -> int:
+    """One slot of the state table over all layers: query, output and log-sum-exp of every query head, and counters."""
+    per_head = shape.head_dim * shape.dtype.itemsize + shape.head_dim * 4 + 4
+    return shape.num_layers * (shape.num_query_heads * per_head + len(COUNTERS) * 8)
 
 
 def encode_bytes(shape: ModelShape) -> int:

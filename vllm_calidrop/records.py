@@ -1,4 +1,7 @@
-"""What the scheduler's process tells the workers: plain dataclasses that pickle. Workers never derive any of it."""
+"""What the scheduler's process and the workers tell each other: plain dataclasses that pickle.
+
+Workers derive nothing of what they are told.
+"""
 
 from __future__ import annotations
 
@@ -94,6 +97,22 @@ class SequenceCounters(NamedTuple):
     @classmethod
     def of(cls, admission: int, counts: np.ndarray) -> SequenceCounters:
         return cls(admission, counts, counts.sum(0).tolist())
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """counts: how many per bucket, one more than bounds. total: the sum of what was observed."""
+
+    counts: list[int]
+    total: float
+
+
+@dataclass(frozen=True)
+class WorkerMeasures:
+    """What one worker has measured since it started (vllm_calidrop/metrics.py)."""
+
+    similarity: Histogram
+    compaction_seconds: Histogram
 
 
 def records_of(scheduler_output: Any) -> StepRecords | None:

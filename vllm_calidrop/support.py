@@ -116,15 +116,3 @@ def refuse_layer(impl: Any) -> None:
         reasons.append(f"{impl.attn_type} attention")
     if reasons:
         raise UnsupportedError(reasons)
-
-
-def refuse_groups(kv_cache_config: Any) -> None:
-    """Raise UnsupportedError unless all of the KV cache is one group of plain full attention."""
-    from vllm_calidrop.scheduler.spec import CaliDropSpec
-
-    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-    kinds = sorted({type(spec).__name__ for spec in specs if not isinstance(spec, CaliDropSpec)})
-    if kinds:
-        raise UnsupportedError([f"KV-cache groups of {', '.join(kinds)} (hybrid models)"])
-    if len(specs) != 1:
-        raise UnsupportedError([f"{len(specs)} KV-cache groups (layers of different shapes)"])

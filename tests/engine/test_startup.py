@@ -19,8 +19,8 @@ from tests.engine.cases import ROOT
 from vllm_calidrop.compat import SUPPORTED_VLLM, installed_vllm_version
 from vllm_calidrop.hooks import on_import, wrap
 from vllm_calidrop.hooks.wrap import HookError
-from vllm_calidrop.scheduler.spec import CaliDropSpec
-from vllm_calidrop.support import UnsupportedError, refuse_groups, refuse_platform
+from vllm_calidrop.scheduler.spec import CaliDropSpec, refuse_groups
+from vllm_calidrop.support import UnsupportedError, refuse_platform
 
 pytestmark = pytest.mark.engine
 

@@ -23,7 +23,7 @@ from vllm_calidrop.evicted.codecs import number_of
 from vllm_calidrop.evicted.layout import PAGES_PER_BLOCK, SWAP_BLOCK_TOKENS, swap_blocks_for
 from vllm_calidrop.evicted.pinned_pool import PinnedSwapPool, runs, staging_bytes
 from vllm_calidrop.evicted.pool import SwapPool
-from vllm_calidrop.memory import ModelShape
+from vllm_calidrop.memory import ModelShape, state_slot_bytes
 from vllm_calidrop.ops.registry import CHOICE_VARIABLE
 from vllm_calidrop.ops.strided import StridedCache, kv_views
 from vllm_calidrop.ops.triton.operators import TritonSet
@@ -31,7 +31,6 @@ from vllm_calidrop.settings.request import RequestSettings, SettingsError
 from vllm_calidrop.settings.server import ServerSettings
 from vllm_calidrop.support import refuse_settings
 from vllm_calidrop.worker.room import RANKING_BYTES, compaction_bytes, device_bytes, leave_room_on_device
-from vllm_calidrop.worker.state_table import StateTable
 from vllm_calidrop.worker.worker import CaliDropWorker
 
 
@@ -146,7 +145,7 @@ def test_worker_is_counted_to_the_byte() -> None:
     assert sum(tensor.nbytes for tensor in operators._scratch) == TritonSet.scratch_bytes(operators.model, 5)
     assert pool._staging.nbytes == staging_bytes(4, 2, 64, torch.float32)
     state = [worker.table.query, worker.table.out, worker.table.lse, worker.table.counts]
-    assert sum(tensor.nbytes for tensor in state) == 12 * StateTable.slot_bytes(3, 8, 64, torch.float32)
+    assert sum(tensor.nbytes for tensor in state) == 12 * state_slot_bytes(shape)
 
 
 def test_kv_pool_leaves_room_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

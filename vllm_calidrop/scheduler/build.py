@@ -21,8 +21,8 @@ from vllm_calidrop.memory import (
 from vllm_calidrop.ops.flavour import uses_cuda_flavour
 from vllm_calidrop.scheduler.ledger import Ledger
 from vllm_calidrop.scheduler.shape import Shape
+from vllm_calidrop.scheduler.spec import refuse_groups
 from vllm_calidrop.settings.server import ServerSettings
-from vllm_calidrop.support import refuse_groups
 
 logger = logging.getLogger("vllm.calidrop")
 

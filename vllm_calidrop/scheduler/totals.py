@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 
 from vllm_calidrop.metrics import COMPACTION_SECONDS, SIMILARITY
-from vllm_calidrop.records import COUNTERS, SequenceRecord
+from vllm_calidrop.records import COUNTERS, SequenceRecord, WorkerMeasures
 from vllm_calidrop.scheduler.reports import Report
 from vllm_calidrop.scheduler.shape import Shape
-from vllm_calidrop.worker.measures import WorkerMeasures
 
 MODES = ("calidrop", "evict", "full")
 FALLBACK_REASONS = ("swap_full", "recall_full")

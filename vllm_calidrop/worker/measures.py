@@ -7,28 +7,12 @@ They leave with the step's counters; with several ranks the engine sees the firs
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from vllm_calidrop.metrics import COMPACTION_SECONDS
 from vllm_calidrop.ops.similarity import SUM_UNIT
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """counts: how many per bucket, one more than bounds. total: the sum of what was observed."""
-
-    counts: list[int]
-    total: float
-
-
-@dataclass(frozen=True)
-class WorkerMeasures:
-    """A copy that travels to the scheduler's process."""
-
-    similarity: Histogram
-    compaction_seconds: Histogram
+from vllm_calidrop.records import Histogram, WorkerMeasures
 
 
 class Measures:

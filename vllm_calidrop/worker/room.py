@@ -21,13 +21,13 @@ from vllm_calidrop.memory import (
     prompt_key_bytes,
     recall_pool_bytes,
     recall_pools,
+    state_slot_bytes,
     swap_bytes_beside,
 )
 from vllm_calidrop.ops.base import ModelKV
 from vllm_calidrop.ops.flavour import is_on_gpu
 from vllm_calidrop.ops.registry import wanted_set
 from vllm_calidrop.settings.server import ServerSettings
-from vllm_calidrop.worker.state_table import StateTable
 from vllm_calidrop.worker.worker import CaliDropWorker
 
 GIB = 2**30
@@ -76,9 +76,7 @@ def device_bytes(shape: ModelShape, num_slots: int, max_rows: int, max_chunk: in
 
     max_chunk: tokens of a batch. Staging is counted as large as it can be: the swap pool is sized later.
     """
-    state_table = num_slots * StateTable.slot_bytes(
-        shape.num_layers, shape.num_query_heads, shape.head_dim, shape.dtype
-    )
+    state_table = num_slots * state_slot_bytes(shape)
     fixed = CaliDropWorker.table_bytes(shape.max_model_len, num_slots, max_rows)
     fixed += wanted_set().scratch_bytes(_model_kv(shape), max_rows)
     staging = staging_bytes(2**31, shape.num_kv_heads, shape.head_dim, shape.dtype)

@@ -37,12 +37,6 @@ class StateTable:
             for layer in range(num_layers)
         )
 
-    @staticmethod
-    def slot_bytes(num_layers: int, num_query_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        """Bytes of one state slot over all layers; num_query_heads: Hq."""
-        per_head = head_dim * dtype.itemsize + head_dim * 4 + 4
-        return num_layers * (num_query_heads * per_head + len(COUNTERS) * 8)
-
     def admit(self, slot: int) -> None:
         """A new sequence takes the slot: nothing is evicted yet, nothing is counted."""
         self.query[:, slot] = 0
