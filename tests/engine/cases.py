@@ -46,21 +46,21 @@ def every_combination() -> list[tuple[Any, ...]]:
     return list(itertools.product(*DIMENSIONS))
 
 
-def covering_combinations(seed: int = 0) -> list[tuple[Any, ...]]:
+def covering_combinations(seed: int = 0, dimensions: Sequence[Sequence[Any]] = DIMENSIONS) -> list[tuple[Any, ...]]:
     """Combinations that hold every pair of values of any two dimensions: greedy, the best of some random candidates."""
     rng = random.Random(seed)
 
     def pairs(indices: Sequence[int]) -> set[tuple[int, int, int, int]]:
-        return {(a, indices[a], b, indices[b]) for a, b in itertools.combinations(range(len(DIMENSIONS)), 2)}
+        return {(a, indices[a], b, indices[b]) for a, b in itertools.combinations(range(len(dimensions)), 2)}
 
-    sizes = [range(len(values)) for values in DIMENSIONS]
+    sizes = [range(len(values)) for values in dimensions]
     missing = set().union(*(pairs(indices) for indices in itertools.product(*sizes)))
     chosen = []
     while missing:
         candidates = [[rng.choice(size) for size in sizes] for _ in range(200)]
         best = max(candidates, key=lambda indices: len(pairs(indices) & missing))
         missing -= pairs(best)
-        chosen.append(tuple(values[index] for values, index in zip(DIMENSIONS, best, strict=True)))
+        chosen.append(tuple(values[index] for values, index in zip(dimensions, best, strict=True)))
     return chosen
 
 
