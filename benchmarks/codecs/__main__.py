@@ -36,7 +36,7 @@ def errors(runs: Iterable[Run]) -> dict[str, dict[str, list[float]]]:
     for run in runs:
         heads, tokens, head_dim = run.keys.shape
         exact = attention_state(run.queries, run.keys, run.values, run.scale)
-        for name in CODECS[1:]:
+        for name in list(CODECS)[1:]:
             codec = codec_of(name, head_dim, run.keys.dtype)
             blocks = codec.encode(run.keys, run.values).blocks.flatten(0, 1)
             keys, values = (x.reshape(heads, -1, head_dim)[:, :tokens] for x in codec.decode(blocks))
@@ -72,7 +72,7 @@ def report(figures: dict[str, Any]) -> str:
         )
     runs = list(figures["errors"])
     lines += ["", "| codec | " + " | ".join(runs) + " |", "|---|" + "---:|" * len(runs)]
-    for name in CODECS[1:]:
+    for name in list(CODECS)[1:]:
         cells = [f"{figures['errors'][run][name][0]:.3f} ({figures['errors'][run][name][1]:.2f})" for run in runs]
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

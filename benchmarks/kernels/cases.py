@@ -23,7 +23,7 @@ from vllm_calidrop.records import COUNTERS
 from vllm_calidrop.worker.state_table import StateTable
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], AttentionState]
-# A decode step with the arguments of `ops/triton/step.py::decode_step`.
+# A decode step with the arguments of `ops/triton/operators.py::decode_step`.
 DecodeStep = Callable[..., None]
 LAYERS, LAYER = 2, 1
 STRANGE = 999_999  # a block that does not exist: reading it is an error, or garbage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -83,16 +84,19 @@ def test_read_budgets_equal_the_reference(engine_named: Callable[[str], Engine],
 def test_evicted_kv_that_is_not_finite(engine_named: Callable[[str], Engine]) -> None:
     """What a codec refuses leaves its head plain for the rest of the answer: counted, and nothing is kept for ever."""
     engine = engine_named("block32-whole")
-    pool = engine.worker.calidrop.pool
-    write = pool.write
+    operators = engine.worker.calidrop.operators
+    take, layer_of_call = operators.take, itertools.count()
 
-    def spoilt(layer: int, blocks: Any, keys: Any, values: Any, codec: str = "none") -> Any:
-        keys = keys.clone()
-        if layer == 1:
+    def spoilt(cache: Any, blocks: Any, positions: Any, codec: Any, out: Any) -> Any:
+        """One call per layer: so few tokens are one part."""
+        keys, values = take(cache, blocks, positions)
+        if next(layer_of_call) % LAYERS == 1:
             keys[0, 7, 3] = torch.nan
-        return write(layer, blocks, keys, values, codec)
+        encoded = codec.encode(keys, values)
+        out.copy_(encoded.blocks.transpose(0, 1))
+        return encoded.refused
 
-    pool.write = spoilt
+    operators.pack = spoilt
     try:
         for how in ({"kv_theta1": 2, "kv_theta2": 2}, PAGES):
             ask = Ask(prompt_of(400, 3), 8, {"kv_budget": 64, "kv_codec": "int4", **how})
@@ -103,7 +107,7 @@ def test_evicted_kv_that_is_not_finite(engine_named: Callable[[str], Engine]) ->
                 assert report["layers"]["group_reads"] == [14, 7, 14, 14]
                 assert report["layers"]["plain"] == [0, 14, 0, 0]
     finally:
-        del pool.write
+        del operators.pack
     engine.assert_nothing_in_use()
 
 

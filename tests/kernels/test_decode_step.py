@@ -56,7 +56,7 @@ OTHER = Shape(kv_heads=3, group=5, head_dim=80, dtype=torch.bfloat16, layout="cu
 
 
 @pytest.mark.parametrize(
-    ("codec", "shape"), [*((codec, Shape()) for codec in CODECS[1:]), ("fp8", OTHER), ("int2", OTHER)], ids=str
+    ("codec", "shape"), [*((codec, Shape()) for codec in list(CODECS)[1:]), ("fp8", OTHER), ("int2", OTHER)], ids=str
 )
 def test_codecs(shape: Shape, codec: str) -> None:
     """Everybody reads; against `Codec.decode` and the attention over that."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from tests.support.workers import cuda_worker
 from vllm_calidrop.evicted.codecs import CODECS
 from vllm_calidrop.memory import ModelShape
 from vllm_calidrop.ops.base import OperatorSet
+from vllm_calidrop.ops.triton import operators
 from vllm_calidrop.ops.triton.operators import TritonSet
 from vllm_calidrop.ops.xformers import XformersSet
 from vllm_calidrop.worker import self_check as checked
@@ -30,12 +30,10 @@ def worker_of(
     group: int = 2,
     swap_blocks: int = 8,
     block_size: int = 16,
-    operators: type[OperatorSet] = TritonSet,
+    kind: type[OperatorSet] = TritonSet,
 ) -> CaliDropWorker:
     shape = ModelShape(1, kv_heads * group, kv_heads, 64, dtype, 256)
-    return cuda_worker(
-        shape, num_slots=1, swap_blocks=swap_blocks, max_rows=1, block_size=block_size, operators=operators
-    )
+    return cuda_worker(shape, num_slots=1, swap_blocks=swap_blocks, max_rows=1, block_size=block_size, operators=kind)
 
 
 def cache_of(worker: CaliDropWorker, heads_outside: bool = False) -> Tensor:
@@ -84,20 +82,15 @@ def test_right_kernels_pass(
     assert compared == {"observe", "take", "put", "calibrate"} | of_codecs
 
 
-# Where TritonSet gets its kernels from, and where its decode step does.
-SET, STEP = (importlib.import_module(f"vllm_calidrop.ops.triton.{name}") for name in ("operators", "step"))
-
-
 def disturbed(monkeypatch: pytest.MonkeyPatch, kernel: str, disturb: Callable[..., None]) -> None:
     """The kernel, and then a mistake in what it wrote."""
-    module = STEP if hasattr(STEP, kernel) else SET
-    right = getattr(module, kernel)
+    right = getattr(operators, kernel)
 
     def wrong(*arguments: Any) -> None:
         right(*arguments)
         disturb(*arguments)
 
-    monkeypatch.setattr(module, kernel, wrong)
+    monkeypatch.setattr(operators, kernel, wrong)
 
 
 def of_encoded(query: Tensor, pages: Tensor, rows: Any, sequences: Any, scratch: Any, scale: float) -> None:
@@ -167,7 +160,7 @@ def test_a_kernel_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch
         raise RuntimeError("no kernel image is available")
 
     worker = worker_of()
-    monkeypatch.setattr(STEP, "reload_evicted", failing)
+    monkeypatch.setattr(operators, "reload_evicted", failing)
     reason = r"'decode, codec none' cannot be run .RuntimeError: no kernel image is available"
     with pytest.raises(SelfCheckError, match=reason):
         self_check(worker, cache_of(worker), SCALE)
@@ -176,7 +169,7 @@ def test_a_kernel_that_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch
 def test_xformers_is_checked(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Through its own kernels, for the codec that it serves; a step of it that does nothing is refused."""
     let_xformers_be_interpreted()
-    worker = worker_of(torch.float16, operators=XformersSet)
+    worker = worker_of(torch.float16, kind=XformersSet)
     with caplog.at_level("INFO", "vllm.calidrop"):
         self_check(worker, cache_of(worker), SCALE)
     assert "the xformers operators checked" in caplog.text

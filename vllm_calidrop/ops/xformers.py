@@ -70,7 +70,7 @@ def decode_step(
     query: Tensor, out: Tensor, cache: KVCache, pages: Tensor, rows: Rows, sequences: Sequences, state: State,
     scratch: Scratch, scale: float, lse: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """As `ops/triton/step.py::decode_step`; of the scratch only the numbers of splits are used."""
+    """As `ops/triton/operators.py::decode_step`; of the scratch only the numbers of splits are used."""
     kv_heads, group = state.query.shape[1:3]
     slot = rows.slot.long()
     compacted = slot >= 0

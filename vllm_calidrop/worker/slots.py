@@ -16,7 +16,7 @@ from vllm_calidrop.evicted.codecs import CODECS, Layout, layout_table, number_of
 from vllm_calidrop.evicted.layout import MAX_BUFFER, swap_blocks_for
 from vllm_calidrop.ops.contract import NO_BUDGET, Recall, Sequences
 from vllm_calidrop.records import SequenceRecord
-from vllm_calidrop.worker.upload import upload
+from vllm_calidrop.worker.step import upload
 
 _INTEGERS = ("start", "stored", "gate", "codec", "most_reads", "recalled", "most", "buffer_size")
 _FLOATS = ("theta1", "theta2", "look_theta", "eps", "top_p")

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from vllm_calidrop.ops.contract import Rows
-from vllm_calidrop.worker.upload import upload
 
 _SLOT, _TOKEN, _END, _STOCK = range(4)
 # What vLLM's operator is told of a row that we answer: one token to read, and an answer that ours replaces.
@@ -63,3 +62,12 @@ class StepTable:
         table[_END, :num_rows] = np.where(mine, seq_lens, 0)
         table[_STOCK, :num_rows] = np.where(mine, _STOCK_LEN, seq_lens)
         upload(table, self.table)
+
+
+def upload(values: np.ndarray, out: Tensor) -> None:
+    """Copy `values` into `out` in stream order. The pinned buffer between comes from torch's cache of them, which hands
+    it out again only when the copy is done."""
+    host = torch.from_numpy(values)
+    if out.device.type != "cpu":
+        host = host.pin_memory()
+    out.copy_(host, non_blocking=True)

@@ -23,8 +23,7 @@ from vllm_calidrop.worker.measures import Measures
 from vllm_calidrop.worker.sequences import Sequence, SequenceTable
 from vllm_calidrop.worker.slots import SlotTables
 from vllm_calidrop.worker.state_table import StateTable
-from vllm_calidrop.worker.step import StepTable
-from vllm_calidrop.worker.upload import upload
+from vllm_calidrop.worker.step import StepTable, upload
 
 # Called with (record, layer, selection) when a layer of a sequence has been compacted; tests and diagnostics.
 CompactionListener = Callable[[SequenceRecord, int, Selection], None]

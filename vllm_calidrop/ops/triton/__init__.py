@@ -15,10 +15,10 @@ from vllm_calidrop.ops.triton.compact import copy_evicted, gather_kept, scatter_
 from vllm_calidrop.ops.triton.decode import decode_kept
 from vllm_calidrop.ops.triton.encoded import reload_encoded
 from vllm_calidrop.ops.triton.merge import merge_row
+from vllm_calidrop.ops.triton.operators import decode_step
 from vllm_calidrop.ops.triton.reload import reload_evicted
 from vllm_calidrop.ops.triton.score import add_column_sums, score_scratch_elements
 from vllm_calidrop.ops.triton.scratch import Scratch, make_scratch, scratch_bytes, splits_for, view_scratch
-from vllm_calidrop.ops.triton.step import decode_step
 
 __all__ = [
     "NO_BUDGET",

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_calidrop.ops.contract import KVCache
-from vllm_calidrop.ops.triton.pages import PAGE_TOKENS, SWAP_BLOCK_TOKENS
+from vllm_calidrop.ops.triton.reload import PAGE_TOKENS, SWAP_BLOCK_TOKENS
 from vllm_calidrop.ops.triton.tiles import power_of_two
 
 TILE_N = 32

@@ -9,18 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_calidrop.algorithm.calibration import Gate
-from vllm_calidrop.ops import numbers
 from vllm_calidrop.ops.contract import KVCache, Rows, Sequences, State
 from vllm_calidrop.ops.triton.attend import LOG2_E, attend_tile, store_partial
+from vllm_calidrop.ops.triton.gate import PLAIN, decide
 from vllm_calidrop.ops.triton.scratch import Scratch
 from vllm_calidrop.ops.triton.tiles import tiles_for
-
-PLAIN: tl.constexpr = tl.constexpr(numbers.PLAIN)
-MERGE: tl.constexpr = tl.constexpr(numbers.MERGE)
-RECOMPUTE: tl.constexpr = tl.constexpr(numbers.RECOMPUTE)
-GATE_GROUP: tl.constexpr = tl.constexpr(int(Gate.GROUP))
-GATE_GROUP_MEAN: tl.constexpr = tl.constexpr(int(Gate.GROUP_MEAN))
 
 
 def decode_kept(
@@ -104,21 +97,3 @@ def decode_kernel(  # type: ignore[no-untyped-def]  # annotations of a kernel ar
     store_partial(
         kept_out, kept_lse, top, total, acc, row * (KV_HEADS * GROUP) + head, split, in_group, SPLITS, HEAD_DIM, TILE_D
     )
-
-
-@triton.jit
-def decide(query, old, theta1, theta2, gate, in_group, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """`calibration.py::decide` for one group, without the read budget: int32 [M], and the group's similarity, inf where
-    no head wants to recompute. query, old: float32 [M, D], zero beyond group and head_dim."""
-    norms = tl.sqrt(tl.sum(query * query, axis=1)) * tl.sqrt(tl.sum(old * old, axis=1))
-    rho = tl.sum(query * old, axis=1) / tl.maximum(norms, 1.1754943508222875e-38)
-    lowest = tl.min(tl.where(in_group, rho, float("inf")), axis=0)
-    mean = tl.sum(tl.where(in_group, rho, 0.0), axis=0) / GROUP
-    by_mean = gate == GATE_GROUP_MEAN
-    for_merge = tl.where(by_mean, mean, rho)
-    for_recompute = tl.where(gate == GATE_GROUP, lowest, for_merge)
-    choice = tl.where(for_merge > theta2, MERGE, PLAIN)
-    wants = for_recompute < theta1
-    choice = tl.where(wants, RECOMPUTE + choice, choice).to(tl.int32)
-    some = tl.max((wants & in_group).to(tl.int32), axis=0) > 0
-    return choice, tl.where(some, tl.where(by_mean, mean, lowest), float("inf"))

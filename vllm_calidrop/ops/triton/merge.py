@@ -11,8 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_calidrop.ops.contract import Rows, Sequences, State
-from vllm_calidrop.ops.triton.budget import are_barred, is_barred
-from vllm_calidrop.ops.triton.decode import MERGE, RECOMPUTE
+from vllm_calidrop.ops.triton.gate import MERGE, RECOMPUTE, are_barred, is_barred
 from vllm_calidrop.ops.triton.scratch import Scratch
 from vllm_calidrop.ops.triton.tiles import power_of_two
 from vllm_calidrop.records import COUNTERS

@@ -10,13 +10,16 @@ from torch import Tensor
 
 from vllm_calidrop.evicted.codecs import Codec, NoCodec
 from vllm_calidrop.ops.base import ModelKV, OperatorSet, Tables
-from vllm_calidrop.ops.contract import KVCache, Rows
+from vllm_calidrop.ops.contract import KVCache, Rows, Sequences, State
 from vllm_calidrop.ops.strided import kv_views
 from vllm_calidrop.ops.triton.calibrate import calibrate
 from vllm_calidrop.ops.triton.compact import copy_evicted, gather_kept, scatter_kept
+from vllm_calidrop.ops.triton.decode import decode_kept
+from vllm_calidrop.ops.triton.encoded import reload_encoded
+from vllm_calidrop.ops.triton.merge import merge_row
+from vllm_calidrop.ops.triton.reload import reload_evicted
 from vllm_calidrop.ops.triton.score import add_column_sums, score_scratch_elements
 from vllm_calidrop.ops.triton.scratch import Scratch, make_scratch, scratch_bytes, view_scratch
-from vllm_calidrop.ops.triton.step import decode_step
 
 
 class TritonSet(OperatorSet):
@@ -91,3 +94,18 @@ class TritonSet(OperatorSet):
             self.scratch(len(rows.slot)),
             scale,
         )
+
+
+def decode_step(
+    query: Tensor, out: Tensor, cache: KVCache, pages: Tensor, rows: Rows, sequences: Sequences, state: State,
+    scratch: Scratch, scale: float, lse: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Attention of every row's query, over its kept tokens and by the gate over its evicted ones, into out.
+
+    query: [tokens, Hq, D] and out: [tokens, Hq, D], stride(2) == 1. pages: one layer of the swap pool. lse: float32
+    [N, Hq] if wanted. scratch: `view_scratch` for N rows. The launches are ordered by the stream they are put on.
+    """
+    decode_kept(query, cache, rows, sequences, state, scratch, scale)
+    reload_evicted(query, pages, rows, sequences, scratch, scale)
+    reload_encoded(query, pages, rows, sequences, scratch, scale)
+    merge_row(query, out, rows, sequences, state, scratch, lse)
