@@ -7,6 +7,11 @@ from typing import Any
 
 from benchmarks.intervals import LEAST
 
+# Rows nearer to full KV than this are equal to it up to rounding, and are not drawn.
+SAME = 1e-6
+# The part of the evicted KV that a step may read, for a row to be named in the summary in words.
+CHEAP = 0.05
+
 
 def write(summary: dict[str, Any], about: dict[str, Any], folder: Path) -> None:
     """`about`: what a reader must know of the run beside the figures (run.json)."""
@@ -16,13 +21,14 @@ def write(summary: dict[str, Any], about: dict[str, Any], folder: Path) -> None:
     else:
         parts += [
             _table(summary),
+            _in_words(summary),
             "## The worst step of each row",
             _worst(summary),
             "## By prompt",
             _by_prompt(summary),
         ]
         _draw(summary, about, folder / "fidelity.png")
-        parts.append("![Divergence against what is read](fidelity.png)")
+        parts.append("![Divergence by row](fidelity.png)")
     (folder / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -75,27 +81,45 @@ def _by_prompt(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _in_words(summary: dict[str, Any]) -> str:
+    """Which row is nearest to full KV among those that read little."""
+    cheap = [row for row in summary["rows"] if row["read_share"] <= CHEAP]
+    if not cheap:
+        return f"No row reads at most {100 * CHEAP:g} % of the evicted KV per step."
+    best = min(cheap, key=lambda row: row["kl"])
+    bounds = best["kl_interval"]
+    within = f" (95 % interval {_number(bounds[0])} to {_number(bounds[1])})" if bounds else ""
+    memory = best["device_share"] or best["kept_share"]
+    return (
+        f"On this model and these prompts, of the rows that read at most {100 * CHEAP:g} % of the evicted KV per step, "
+        f"`{best['label']}` is nearest to full KV: its KL is {_number(best['kl'])}{within} and it agrees in "
+        f"{100 * best['agreement']:.1f} % of the steps, reading {100 * best['read_share']:.2f} % per step with "
+        f"{100 * memory:.1f} % of the evicted KV's memory on the device."
+    )
+
+
 def _draw(summary: dict[str, Any], about: dict[str, Any], path: Path) -> None:
+    """A line per row: its divergence, the interval where there is one, and what it reads and keeps in words."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    for row in summary["rows"]:
-        x, y = row["read_share"], max(row["kl"], 1e-6)
-        axes.plot(x, y, "o")
-        if row["kl_interval"]:
-            axes.plot([x, x], [max(bound, 1e-6) for bound in row["kl_interval"]], color=axes.lines[-1].get_color())
-        axes.annotate(row["label"], (x, y), xytext=(6, 3), textcoords="offset points", fontsize=8)
-    axes.set_xscale("symlog", linthresh=1e-3)
-    axes.set_xlim(left=-2e-4)
-    axes.set_yscale("log")
-    axes.set_xlabel("evicted KV read per step, share of its bytes")
-    axes.set_ylabel("KL(full KV || row), nats")
+    rows = [row for row in summary["rows"] if row["kl"] > SAME]
+    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.36 * len(rows)))
+    for place, row in enumerate(reversed(rows)):
+        bounds = row["kl_interval"] or (row["kl"], row["kl"])
+        axes.plot([max(bound, SAME) for bound in bounds], [place, place], color="#0072b2", linewidth=1.5)
+        axes.plot(row["kl"], place, "o", color="#0072b2")
+        memory = row["device_share"] or row["kept_share"]
+        text = f"read {100 * row['read_share']:.2g} %, memory {100 * memory:.3g} %"
+        axes.annotate(text, (1.01, place), xycoords=("axes fraction", "data"), fontsize=8, va="center")
+    axes.set_yticks(range(len(rows)), [row["label"] for row in reversed(rows)], fontsize=8)
+    axes.set_xscale("log")
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel("KL(full KV || row) of the next token, nats")
     axes.set_title(f"{about['title']}, {about['length']} tokens, {len(summary['prompts'])} prompts", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
 
 

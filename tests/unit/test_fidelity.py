@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.fidelity import rows
+from benchmarks.fidelity import report, rows
 from benchmarks.fidelity.measure import divergence, likeliest
 from benchmarks.fidelity.memory import device_share
-from benchmarks.fidelity.prompts import DATA, entries
+from benchmarks.fidelity.prompts import DATA, Prompt, entries
+from benchmarks.fidelity.run import Setup, key_of
+from benchmarks.fidelity.summary import Shape, summarize
 from benchmarks.intervals import LEAST, interval
 
 ROWS = Path(rows.__file__).parent / "rows.toml"
@@ -92,3 +94,34 @@ def test_device_memory_is_what_the_rule_needs() -> None:
             assert found == pytest.approx(share, abs=0.06)
     buffered = device_share(pages | {"kv_recall_buffer": 4}, 1920, 64, 2) - device_share(pages, 1920, 64, 2)
     assert buffered == pytest.approx(64 / 1920)
+
+
+def test_a_report_from_stored_answers(tmp_path: Path) -> None:
+    """Ten prompts of two steps after the first, two rows: one is full KV, the other is off by a known amount."""
+    setup = Setup("m", "f", "float32", 3)
+    table = rows.Rows.model_validate({"row": [{"label": "same"}, {"label": "off", "settings": {"kv_recall": "pages"}}]})
+    prompts = [Prompt(f"p{i}", "needle", 256, list(range(i, i + 256))) for i in range(10)]
+    full_step, off_step = [[1, math.log(0.75)], [2, math.log(0.25)]], [[1, math.log(0.25)], [2, math.log(0.75)]]
+    records = []
+    for prompt in prompts:
+        full = {"key": key_of(setup, prompt, None), "row": "full KV", "prompt": prompt.id, "logprobs": [full_step] * 3}
+        records.append(full | {"tokens": [1, 1, 1]})
+        for row, step, read in zip(table.row, (full_step, off_step), (4 * 128 * 2 * 4 * 2, 0)):
+            fields = table.fields(row, 256)
+            record = {"key": key_of(setup, prompt, fields), "row": row.label, "prompt": prompt.id, "fields": fields}
+            record |= {"logprobs": [off_step, step, step], "report": {"evicted": 128, "bytes_read": read}}
+            records.append(record)
+    # Of K and V of 4 channels in float32, one layer and KV head: everything is read in each of the two steps.
+    shape = Shape(layers=1, kv_heads=1, head_dim=4, item_bytes=4)
+    found = summarize(setup, table, prompts, records, shape, str)
+    same, off = found["rows"]
+    assert same["kl"] == 0 and same["agreement"] == 1 and same["read_share"] == 1 and same["kl_interval"] == (0, 0)
+    assert off["kl"] == pytest.approx(0.5 * math.log(3)) and off["agreement"] == 0 and off["read_share"] == 0
+    assert off["worst"] == {"kl": off["kl"], "prompt": "p0", "step": 1, "full": "1", "row": "2"}
+    about = {"title": "M", "length": 256, "split": "report", "weights": "M", "versions": "v", "command": "c"}
+    report.write(found, about, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "| off | 0.549 [0.549, 0.549] | 0.549 | 0.000 | 0.0000 |" in text and (tmp_path / "fidelity.png").exists()
+    assert "`off` is nearest to full KV: its KL is 0.549 (95 % interval 0.549 to 0.549)" in text
+    without = [record for record in records if record["prompt"] != "p3" or record["row"] != "off"]
+    assert "p3" not in summarize(setup, table, prompts, without, shape, str)["prompts"], "counted in one row only"
