@@ -46,7 +46,7 @@ class Newest:
 
 
 def newest(*readings: list[EngineStats]) -> list[EngineStats]:
-    """Of each engine the reading with the highest number, in the order of the engines."""
+    """Each engine's reading with the highest number, in the order of the engines."""
     found: dict[int, EngineStats] = {}
     for reading in readings:
         for engine in reading:

@@ -108,7 +108,7 @@ DEFAULTS_VERSION = Metric(
     "defaults_version", "gauge", "Version of the server defaults in force; rises with every change.", (MODEL,)
 )
 
-# By the columns of vllm_calidrop.records.COUNTERS.
+# One entry per column of vllm_calidrop.records.COUNTERS.
 LAYER_COUNTERS = (RECOMPUTES, MERGES, PLAIN, GROUP_READS, PAGES_READ, SKIPPED, NONFINITE)
 
 METRICS: tuple[Metric, ...] = (

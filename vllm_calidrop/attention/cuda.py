@@ -145,7 +145,8 @@ class CaliDropCudaMetadataBuilder(TritonAttentionMetadataBuilder):
         return CaliDropMetadata(stock, worker.step.rows(cam.num_reqs, cam.block_table_tensor), prefills)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> CaliDropMetadata:
-        """For a batch of any content: every row may be ours. Captured with none, as vLLM captures with length 1."""
+        """Metadata for a graph that replays batches of any content, so every row may be ours. It is captured with no
+        row of ours, as vLLM captures with lengths of 1."""
         cam, worker = common_attn_metadata, self._worker()
         if worker is None:
             stock, decode = super().build(0, cam), None

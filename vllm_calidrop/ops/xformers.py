@@ -70,7 +70,7 @@ def decode_step(
     query: Tensor, out: Tensor, cache: KVCache, pages: Tensor, rows: Rows, sequences: Sequences, state: State,
     scratch: Scratch, scale: float, lse: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """As `ops/triton/operators.py::decode_step`; of the scratch only the numbers of splits are used."""
+    """Means what `ops/triton/operators.py::decode_step` means; it uses only the scratch's numbers of splits."""
     kv_heads, group = state.query.shape[1:3]
     slot = rows.slot.long()
     compacted = slot >= 0
@@ -177,7 +177,7 @@ def _one_query_each(sequences: int, device: torch.device) -> Any:
 
 
 def _merge(a: AttentionState, b: AttentionState) -> AttentionState:
-    """Of [N, H, G, D]: `merge_attentions` takes [2, 1, N, H, G, D] and log-sum-exps [2, 1, H, G, N]."""
+    """Merges states [N, H, G, D]. xFormers' function takes them as [2, 1, N, H, G, D], log-sum-exps [2, 1, H, G, N]."""
     outs, lses = torch.stack((a.out, b.out)), torch.stack((a.lse, b.lse))
     out, lse = fmha.merge_attentions(outs[:, None], lses.permute(0, 2, 3, 1)[:, None])
     assert lse is not None

@@ -55,7 +55,7 @@ class Living:
         return self.record is not None and done >= self.record.compaction_point
 
     def shown(self, report: Report) -> dict[str, Any]:
-        """As plain data (docs/server.md)."""
+        """The sequence as plain data (docs/server.md)."""
         request, record = self.request, self.record
         prefill_end = record.compaction_point if record else request.num_prompt_tokens
         recall = None

@@ -77,7 +77,7 @@ class Totals:
             self._measures = measures
 
     def histograms(self) -> dict[str, tuple[list[int], float]]:
-        """By metric: how many per bucket (one more than bounds), and the sum of all."""
+        """Each metric's counts per bucket (one more than there are bounds), and the sum of what was observed."""
         by_metric = {
             COMPACTION_SECONDS: self._measures.compaction_seconds if self._measures else None,
             SIMILARITY: self._measures.similarity if self._measures else None,

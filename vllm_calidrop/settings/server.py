@@ -109,7 +109,7 @@ class ServerSettings(BaseModel):
             )
 
     def with_defaults(self, given: Mapping[str, Any]) -> Self:
-        """The same with other defaults of requests; a null is the table's. SettingsError where they are bad."""
+        """These settings with other defaults of requests; null takes the table's. SettingsError where they are bad."""
         defaults = {name: value for name, value in given.items() if value is not None}
         server = self.model_copy(update={"request_defaults": defaults})
         resolve_request({}, server)

@@ -42,7 +42,7 @@ SUMS_TOLERANCE = 2e-4
 # How much further from the tokens' own KV, which are normal numbers, the device's codes may be than the host's worst:
 # at the edge of a code the two may round in different directions.
 CODES_TOLERANCE = 0.05
-# Of a state over decoded KV, where queries and weights count to 16 bits.
+# What a state over decoded KV may differ by, as queries and weights count to 16 bits there.
 CODED_STATE_TOLERANCE = 5e-4
 RECOMPUTES, MERGES, PADDING, ROWS = 0, 1, 2, 3
 

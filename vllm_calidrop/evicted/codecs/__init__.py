@@ -49,7 +49,7 @@ def has_kernel_layout(name: str) -> bool:
 
 
 def layouts(head_dim: int, dtype: torch.dtype) -> tuple[Layout | None, ...]:
-    """By the codecs' numbers."""
+    """All codecs for a KV cache of this head_dim and dtype, in the order of their numbers."""
     return tuple(codec_of(name, head_dim, dtype).kernel_layout() for name in CODECS)
 
 

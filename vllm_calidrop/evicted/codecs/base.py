@@ -102,7 +102,7 @@ class Codec(ABC):
         return -(-tokens // self.tokens_per_block)
 
     def bytes_per_token(self, tokens: int) -> float:
-        """Of a long run, as it is read."""
+        """Bytes per token of a long run, as it is read; tokens: the run's length."""
         return self.run_bytes(tokens) / tokens
 
     @staticmethod

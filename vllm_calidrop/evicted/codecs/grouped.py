@@ -299,7 +299,7 @@ def _coarse_moved(x: Tensor, bits: int) -> Tensor:
 
 
 def _bytes_of_scales(scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Of coarse scales bfloat16 [..., D]: bytes [..., D], 0 for those too small for one, and exponents uint8 [...]."""
+    """Codes scales bfloat16 [..., D] as bytes [..., D], 0 for those too small for one, and exponents uint8 [...]."""
     bits = scale.float().view(torch.int32) >> SCALE_SHIFT
     mantissa_bits = 23 - SCALE_SHIFT
     exponent = ((bits.amax(-1) >> mantissa_bits) - (SCALE_EXPONENTS - 1)).clamp(min=0)

@@ -57,7 +57,7 @@ class IntegerCodec(GroupedCodec):
         return (middle - scale.float() * at).to(torch.bfloat16), scale
 
     def _better(self, x: Tensor, one: Quantised, other: Quantised, dim: int, valid: Tensor) -> Quantised:
-        """Of least squared error; `one` where they are equal."""
+        """The one of the two with the smaller squared error; `one` where they are equal."""
 
         def error(of: Quantised) -> Tensor:
             back = of.offset.float() + of.scale.float() * self.numbers(of.codes)

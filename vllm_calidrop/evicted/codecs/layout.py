@@ -16,7 +16,7 @@ MAX_OUTLIERS = 3
 
 
 class Layout(NamedTuple):
-    """Of one codec. Sizes in bytes; is_float, fine: 0 or 1."""
+    """One codec's layout. Sizes are in bytes; is_float and fine are 0 or 1."""
 
     bits: int
     is_float: int
@@ -34,7 +34,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def uncoded(cls, pages_per_block: int) -> Layout:
-        """Of codec `none`, whose pages are read as they are: the other numbers are 0."""
+        """The layout of codec `none`, whose pages are read as they are: all other numbers are 0."""
         return cls(**dict.fromkeys(cls._fields, 0) | {"pages_per_block": pages_per_block})
 
     def faults(self, head_dim: int, element_bytes: int, block_bytes: int) -> list[str]:

@@ -24,7 +24,7 @@ class NoCodec(Codec):
         return PAGE_TOKENS * 2 * self.head_dim * self.dtype.itemsize
 
     def run_bytes(self, tokens: int) -> int:
-        """Without what the last page lacks."""
+        """What is read ends with the last token, although its page goes on."""
         return tokens * 2 * self.head_dim * self.dtype.itemsize
 
     def encode(self, keys: Tensor, values: Tensor) -> Encoded:

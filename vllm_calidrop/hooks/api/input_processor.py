@@ -41,7 +41,7 @@ def server_settings(input_processor: Any) -> ServerSettings | None:
 
 
 def versioned_settings(input_processor: Any) -> VersionedSettings | None:
-    """The same with the version of their defaults."""
+    """The operator's settings of this engine with the version of their defaults; None without the backend."""
     versioned: VersionedSettings | None = getattr(input_processor, _ATTRIBUTE, None)
     return versioned
 

@@ -71,7 +71,7 @@ def _wrap_app(module: ModuleType) -> None:
 
 
 async def after_verdict(stream: Any, verdict: Verdict) -> Any:
-    """The same stream, once all its prompts are admitted; raises what refuses one."""
+    """Returns the same stream when all its prompts are admitted; raises what refuses one."""
     held: list[Any] = []
     pending: asyncio.Task[Any] | None = None
     try:

@@ -65,7 +65,7 @@ def cache_dir() -> Path:
 
 
 def _compile(compiler: str, target: Path) -> None:
-    """Into a file of its own, then moved: nobody ever loads half a library."""
+    """Compile into a file of its own, which is then moved, so that nobody ever loads half a library."""
     started = time.monotonic()
     sources = sorted(str(path) for path in SOURCES.glob("*.cpp"))
     failure = ""

@@ -25,7 +25,7 @@ class Levels {
   Levels(float inner, float outer) : inner_(Part{} + inner), outer_(Part{} + outer) {
     for (int i = 0; i < kPartLanes; i++) table_[i] = (i & 2 ? 1 : -1) * (i & 1 ? outer : inner);
   }
-  // Of the lowest two bits; the others may be anything.
+  // The level that the lowest two bits name; the other bits may be anything.
   Part operator()(Part codes) const {
 #if defined(__AVX512F__)
     return (Part)_mm512_permutevar_ps((__m512)table_, (__m512i)codes);

@@ -50,7 +50,7 @@ def is_barred(similarity, row, kv_head, most, KV_HEADS: tl.constexpr, TILE_H: tl
 
 @triton.jit
 def are_barred(similarity, row, most, KV_HEADS: tl.constexpr, TILE_H: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The same of all KV heads of a row that want to read: int32 [TILE_H]."""
+    """Which KV heads of a row want to read and are kept from it: int32 [TILE_H], 0 or 1."""
     h = tl.arange(0, TILE_H)
     all_of_row = tl.load(similarity + row * KV_HEADS + h, mask=h < KV_HEADS, other=float("inf"))
     mine, theirs = all_of_row[:, None], all_of_row[None, :]

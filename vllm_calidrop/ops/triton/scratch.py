@@ -51,7 +51,7 @@ def splits_for(rows: int, kv_heads: int) -> int:
 
 
 def evicted_splits_for(rows: int, kv_heads: int) -> int:
-    """The same for its evicted tokens."""
+    """Splits of each (row, KV head) pair's evicted tokens: at least EVICTED_SPLITS, as few pairs read at a time."""
     return max(EVICTED_SPLITS, splits_for(rows, kv_heads))
 
 

@@ -44,7 +44,7 @@ def reload_tiles_for(group: int, head_dim: int) -> Tiles:
 
 
 def encoded_tiles_for(group: int, head_dim: int) -> Tiles:
-    """Of codes. Their tiles are not loaded ahead: how wide they are is known only when the kernel runs."""
+    """Tiles of codes. They are not loaded ahead, as how wide they are is known only when the kernel runs."""
     d = max(16, power_of_two(head_dim))
     return Tiles(
         m=max(16, power_of_two(group)),
