@@ -1,34 +1,49 @@
 """`calidrop-server MODEL ...` is `vllm serve MODEL ...` with the CALIDROP backend and the routes of this package.
 
 Every flag of `vllm serve` passes through. The server's own go into the environment, which vLLM's API processes inherit:
-a key among vLLM's flags would be logged. `calidrop-server plan` sizes a workload instead of serving.
+a key among vLLM's flags would be logged. This process refuses what cannot work (early_checks.py), and then watches over
+the server, which runs in a process of its own (launch.py, supervisor.py). `calidrop-server plan` sizes a workload
+instead.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 
+from .command_line import CommandLine
+from .early_checks import UsageError, check
 from .options import ADMIN_KEY, MAX_BODY_BYTES
 
 PLUGIN = "calidrop"
-# Running requests may finish for so long after SIGTERM; a pod's usual grace time is 30 s.
-SHUTDOWN_TIMEOUT = "25"
+# Running requests may finish for so long after SIGTERM, in seconds: the whole stop takes at most 15 s.
+SHUTDOWN_TIMEOUT = 8
+
+USAGE = """\
+usage: calidrop-server MODEL [flags]
+       calidrop-server plan MODEL_FOLDER --context N --concurrency N [...]   (plan --help)
+
+Serves MODEL, a folder or a name on the Hugging Face hub, with an OpenAI-compatible API and a page at /calidrop/.
+All flags of `vllm serve` are taken (`calidrop-server --help=all` lists them), and these:
+  --calidrop-admin-key KEY        key of POST /calidrop/defaults (better: CALIDROP_ADMIN_KEY in the environment)
+  --calidrop-max-body-bytes N     larger bodies are a 413
+Defaults of requests: --additional-config '{"calidrop": {"kv_budget": 512}}' (docs/settings.md)."""
 
 _OWN_FLAGS = {"--calidrop-admin-key": ADMIN_KEY, "--calidrop-max-body-bytes": MAX_BODY_BYTES}
-_DEFAULTS = (
-    (("--attention-backend", "--attention-config", "-ac"), ("--attention-backend", PLUGIN)),
-    (("--shutdown-timeout",), ("--shutdown-timeout", SHUTDOWN_TIMEOUT)),
-)
+_BACKEND_FLAGS = ("--attention-backend", "--attention-config", "-ac")
 
 
 def serve_arguments(arguments: Sequence[str]) -> list[str]:
-    """The arguments of `vllm` for those of `calidrop-server`; what the user names stays."""
-    named = {argument.partition("=")[0].partition(".")[0].replace("_", "-") for argument in arguments}
-    added = [word for flags, default in _DEFAULTS if not named & set(flags) for word in default]
-    return ["serve", *arguments, *added]
+    """The arguments of `vllm serve` for those of `calidrop-server`; what the user names stays."""
+    line, added = CommandLine(arguments), []
+    if not line.has(*_BACKEND_FLAGS):
+        added += ["--attention-backend", PLUGIN]
+    if not line.has("--shutdown-timeout"):
+        added += ["--shutdown-timeout", str(SHUTDOWN_TIMEOUT)]
+    return [*arguments, *added]
 
 
 def take_own_flags(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -43,7 +58,7 @@ def take_own_flags(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]
             continue
         given = value if equals else next(words, None)
         if not given:
-            raise SystemExit(f"calidrop-server: {flag} needs a value")
+            raise UsageError(f"{flag} needs a value")
         environment[_OWN_FLAGS[flag]] = given
     return rest, environment
 
@@ -67,16 +82,47 @@ def allowed_plugins(current: str | None) -> str:
     return ",".join(sorted((found - routes) | general | {PLUGIN}))
 
 
-def main() -> None:
-    if sys.argv[1:2] == ["plan"]:
-        from .plan_command import main as plan
+def serve(arguments: Sequence[str]) -> int:
+    """Refuse or run the server that `arguments` ask for; its exit status. UsageError where it is refused."""
+    from .supervisor import Supervisor
 
-        sys.exit(plan(sys.argv[2:]))
-    arguments, environment = take_own_flags(sys.argv[1:])
+    rest, environment = take_own_flags(arguments)
+    line = CommandLine(serve_arguments(rest))
+    only_help = line.has("-h", "--help", "-v", "--version")
+    if not only_help:
+        check(CommandLine(rest))
     os.environ.update(environment)
     os.environ["VLLM_PLUGINS"] = allowed_plugins(os.environ.get("VLLM_PLUGINS"))
+    host, port = line.url.partition("://")[2].rsplit(":", 1)
+    return Supervisor(
+        [sys.executable, "-m", "vllm_calidrop_server.launch", *line.arguments],
+        shutdown_timeout=_seconds(line.value("--shutdown-timeout")),
+        address=(host.strip("[]"), int(port)) if line.listens and not only_help else None,
+        on_ready=lambda: _say_where(line.url),
+    ).run()
 
-    from vllm.entrypoints.cli.main import main as vllm_main
 
-    sys.argv = ["vllm", *serve_arguments(arguments)]
-    vllm_main()
+def _seconds(given: str | None) -> float:
+    return float(given) if given and given.isdecimal() else float(SHUTDOWN_TIMEOUT)
+
+
+def _say_where(url: str) -> None:
+    time.sleep(0.5)  # the server's own last lines come first
+    print(f"calidrop-server: ready. Page: {url}/calidrop/  API: {url}/v1", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["plan"]:
+        from .plan_command import main as plan
+
+        sys.exit(plan(arguments[1:]))
+    if arguments in (["-h"], ["--help"]):
+        print(USAGE)
+        return
+    try:
+        status = serve(arguments)
+    except UsageError as error:
+        print(f"calidrop-server: {error}", file=sys.stderr)
+        status = 2
+    sys.exit(status)

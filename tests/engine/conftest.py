@@ -83,7 +83,7 @@ def serving(log: Path, *options: str, program: Sequence[str] = VLLM_SERVE, **env
     Stopped with Ctrl-C, which must end it cleanly, as must whatever else a test stopped it with.
     """
     inherited = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    port = _free_port()
+    port = free_port()
     command = [str(Path(sys.executable).with_name(program[0])), *program[1:]]
     command += ["--block-size", "32", "--host", "127.0.0.1", "--port", str(port), *options]
     with log.open("w") as output:
@@ -124,7 +124,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

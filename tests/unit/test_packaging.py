@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from vllm_calidrop_server.cli import allowed_plugins, serve_arguments, take_own_flags
+from vllm_calidrop_server.early_checks import UsageError
 from vllm_calidrop_server.options import Options
 
 ROOT = Path(__file__).parents[2]
@@ -98,7 +99,7 @@ def test_make_serve_serves_the_named_model_with_the_backend() -> None:
 
 
 def test_calidrop_server_adds_what_is_not_named() -> None:
-    backend, timeout = ["--attention-backend", "calidrop"], ["--shutdown-timeout", "25"]
+    backend, timeout = ["--attention-backend", "calidrop"], ["--shutdown-timeout", "8"]
     assert serve_arguments(["m", "--port", "1"]) == ["serve", "m", "--port", "1", *backend, *timeout]
     for named in (
         ["--attention-backend", "x"],
@@ -115,7 +116,7 @@ def test_own_flags_become_environment_variables() -> None:
     assert rest == ["m", "--port", "1"]
     assert environment == {"CALIDROP_ADMIN_KEY": "k", "CALIDROP_MAX_BODY_BYTES": "9"}
     for without in (["--calidrop-admin-key"], ["--calidrop-admin-key="]):
-        with pytest.raises(SystemExit, match="--calidrop-admin-key needs a value"):
+        with pytest.raises(UsageError, match="--calidrop-admin-key needs a value"):
             take_own_flags(without)
 
 
