@@ -151,11 +151,46 @@ def test_number_that_is_none(http: httpx.Client, model: str, route: str, literal
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_combinations(http: httpx.Client, model: str, route: str) -> None:
-    response = http.post(f"/v1/{route}", json=body_of(route, model=model, kv_theta1=2))
+    response = http.post(f"/v1/{route}", json=body_of(route, model=model, kv_theta1=2, kv_theta2=0.85))
     refused(response, "kv_theta1")
     assert "kv_theta2" in response.json()["error"]["message"]
     refused(http.post(f"/v1/{route}", json=body_of(route, model=model, kv_budget=16, kv_window=17)), "kv_window")
     refused(http.post(f"/v1/{route}", json=body_of(route, model=model, kv_budget=16, kv_sinks=17)), "kv_sinks")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("route", ROUTES)
+def test_settings_that_were_sent_the_wrong_way(http: httpx.Client, model: str, route: str, stream: bool) -> None:
+    """A literal `extra_body`, and names in another case: vLLM alone would ignore both and keep full KV."""
+    for inside in ({"kv_budget": 64}, {"vllm_xargs": {"kv_budget": 64}}, {"KV_BUDGET": 64}):
+        response = http.post(f"/v1/{route}", json=body_of(route, model=model, stream=stream, extra_body=inside))
+        refused(response, "extra_body")
+        assert "top-level fields of the JSON body" in response.json()["error"]["message"]
+    for fields in ({"KV_BUDGET": 64}, {"vllm_xargs": {"KV_BUDGET": 64}}):
+        response = http.post(f"/v1/{route}", json=body_of(route, model=model, stream=stream, **fields))
+        refused(response, "KV_BUDGET")
+        assert "send kv_budget" in response.json()["error"]["message"]
+    assert http.post(f"/v1/{route}", json=body_of(route, model=model, extra_body={"other": 1})).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("route", ROUTES)
+def test_half_of_a_surrogate_pair(http: httpx.Client, model: str, route: str, stream: bool) -> None:
+    field, content = {
+        "completions": ("prompt", "half \ud83d of a pair"),
+        "chat/completions": ("messages", [{"role": "user", "content": "half \ud83d of a pair"}]),
+        "responses": ("input", "half \ud83d of a pair"),
+    }[route]
+    body = json.dumps(body_of(route, model=model, stream=stream) | {field: content})
+    refused(http.post(f"/v1/{route}", content=body, headers={"content-type": "application/json"}), field)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_theta1_alone_is_enough(http: httpx.Client, model: str, route: str) -> None:
+    """2 is above the default of theta2, which follows: evicted KV is read at every step, which equals full KV."""
+    answer = http.post(f"/v1/{route}", json=body_of(route, model=model, kv_budget=24, kv_theta1=2)).json()
+    (report,) = answer["calidrop"]
+    assert report["recomputes"] > 0 and report["merges"] == report["plain"] == 0
 
 
 @pytest.mark.parametrize("route", ROUTES)

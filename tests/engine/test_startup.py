@@ -79,7 +79,7 @@ def start_engine(model: str, **options: Any) -> Any:
         ({"additional_config": {"calidrop": {"swap_byte": 1}}}, "'swap_byte'.*known are .*swap_bytes"),
         ({"additional_config": {"calidrop": {"swap_bytes": -1}}}, "swap_bytes"),
         ({"additional_config": {"calidrop": {"kv_budget": 0}}}, "kv_budget"),
-        ({"additional_config": {"calidrop": {"kv_theta1": 0.9}}}, "kv_theta1.*kv_theta2"),
+        ({"additional_config": {"calidrop": {"kv_theta1": 0.9, "kv_theta2": 0.85}}}, "kv_theta1.*kv_theta2"),
         ({"additional_config": {"calidrop": [1]}}, "must be an object"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,

@@ -99,7 +99,6 @@ def test_refused_under_its_name(name: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("raw", "field", "also"),
     [
-        ({"kv_theta1": 2}, "kv_theta1", "kv_theta2"),
         ({"kv_theta2": 0.1}, "kv_theta2", "kv_theta1"),
         ({"kv_theta1": 0.9, "kv_theta2": 0.8}, "kv_theta1", "kv_theta2"),
         ({"kv_budget": 16, "kv_window": 17}, "kv_window", "kv_budget"),
@@ -118,6 +117,27 @@ def test_numbers_that_are_fine() -> None:
     settings = resolve_request({"kv_theta1": -2, "kv_theta2": 2, "kv_budget": MAX_COUNT}, NO_DEFAULTS)
     assert (settings.kv_theta1, settings.kv_theta2) == (-2.0, 2.0)
     assert resolve_request({"kv_theta1": 2, "kv_theta2": 2}, NO_DEFAULTS).kv_theta1 == 2.0
+
+
+@pytest.mark.parametrize(("theta1", "theta2"), [(2, 2.0), (0.9, 0.9), (0.85, 0.85), (0.5, 0.85), (-2, 0.85)])
+def test_theta2_follows_a_theta1_that_is_above_its_default(theta1: float, theta2: float) -> None:
+    assert resolve_request({"kv_theta1": theta1}, NO_DEFAULTS).kv_theta2 == theta2
+    assert resolve_request({}, server(kv_theta1=theta1)).kv_theta2 == theta2
+
+
+def test_theta2_does_not_follow_beyond_what_the_operator_says() -> None:
+    for operator in (server(kv_theta2=0.85), server(max_theta=0.95)):
+        with pytest.raises(SettingsError) as refusal:
+            resolve_request({"kv_theta1": 2}, operator)
+        assert refusal.value.field == "kv_theta1"
+
+
+@pytest.mark.parametrize("name", ["KV_BUDGET", "Kv_Budget", "kv_BUDGET"])
+def test_a_name_in_another_case_is_told_how_it_is_written(name: str) -> None:
+    with pytest.raises(SettingsError, match="lower case, send kv_budget") as refusal:
+        resolve_request({name: 64}, NO_DEFAULTS)
+    assert refusal.value.field == name
+    assert resolve_request({"KV_TRANSFER_PARAMS": {}}, NO_DEFAULTS).kv_budget is None, "vLLM's own name"
     assert resolve_request({"kv_budget": 8, "kv_window": 8, "kv_sinks": 8}, NO_DEFAULTS).kv_window == 8
     assert resolve_request({"kv_window": 500}, NO_DEFAULTS).kv_window == 500
 
@@ -266,7 +286,7 @@ def test_checks_run_on_the_merged_record_and_blame_what_the_request_gave() -> No
         ({"swap_bytes": True}, "swap_bytes"),
         ({"swap_bytes": "4GiB"}, "swap_bytes"),
         ({"kv_budget": 0}, "kv_budget"),
-        ({"kv_theta1": 2}, "kv_theta1"),
+        ({"kv_theta1": 2.5}, "kv_theta1"),
         ({"kv_budget": 8, "kv_window": 16}, "kv_window"),
     ],
 )

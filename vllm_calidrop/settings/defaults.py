@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_calidrop.settings.request import RequestSettings, SettingsError
+from vllm_calidrop.settings.request import RequestSettings, SettingsError, unknown_name
 from vllm_calidrop.settings.server import ServerSettings, resolve_request
 
 
@@ -25,8 +25,7 @@ class VersionedSettings:
         """With those defaults changed; null takes one back to the table's. SettingsError where something is wrong."""
         for name, value in changes.items():
             if name not in RequestSettings.model_fields:
-                known = ", ".join(RequestSettings.model_fields)
-                raise SettingsError(f"unknown setting {name}; known are {known}", name, value=value)
+                raise unknown_name(name, value)
         try:
             settings = self.settings.with_defaults({**self.settings.request_defaults, **changes})
         except SettingsError as error:

@@ -32,6 +32,7 @@ Recall = Literal["all", "pages"]
 
 DEFAULT_WINDOW = 32
 DEFAULT_SINKS = 32
+DEFAULT_THETA2 = 0.85
 # Recall by pages: most pages of a look without and with kv_recall_top_p, eps without and with a buffer.
 DEFAULT_PAGES, DEFAULT_PAGES_TOP_P = 4, 64
 DEFAULT_EPS, DEFAULT_EPS_BUFFER = 0.02, 0.05
@@ -83,6 +84,11 @@ def _half_of_budget(at_most: int, at_least: int) -> Any:
         return at_most if budget is None else max(at_least, min(at_most, budget // 2))
 
     return default
+
+
+def _theta2_by_theta1(data: dict[str, Any]) -> float:
+    """The table's value, or kv_theta1 if that is above it: then every decision is to read or to merge."""
+    return max(DEFAULT_THETA2, data.get("kv_theta1", DEFAULT_THETA2))
 
 
 def _eps_by_buffer(data: dict[str, Any]) -> float:
@@ -155,10 +161,10 @@ class RequestSettings(BaseModel):
     kv_theta1: Threshold = Field(
         default=0.7,
         description="Below this cosine similarity of queries the evicted KV is read again (2: every step, -2: never). "
-        "Must not be above kv_theta2.",
+        "Must not be above kv_theta2. 2 alone equals full KV: evicted KV is read at every step.",
     )
     kv_theta2: Threshold = Field(
-        default=0.85,
+        default_factory=_theta2_by_theta1,
         description="Above this similarity the stored attention state is merged; between the two the kept tokens "
         "answer alone.",
     )
@@ -264,8 +270,16 @@ class RequestSettings(BaseModel):
 
 
 def is_ours(name: str) -> bool:
-    """Whether a request's field name is for us to judge (known, or unknown but beginning like ours)."""
-    return name.startswith(PREFIX) and name not in VLLM_OWN_NAMES
+    """Whether a request's field name is for us to judge: known, or unknown but beginning like ours in any case."""
+    return name.lower().startswith(PREFIX) and name.lower() not in VLLM_OWN_NAMES
+
+
+def unknown_name(name: str, value: Any) -> SettingsError:
+    """The error for a name of ours that is no setting; it says how the name is written if only its case is wrong."""
+    if name.lower() in RequestSettings.model_fields:
+        return SettingsError(f"{name} is not a setting: names are lower case, send {name.lower()}", name, value=value)
+    known = ", ".join(RequestSettings.model_fields)
+    return SettingsError(f"unknown setting {name}; known are {known}", name, value=value)
 
 
 def settings_error(error: ValidationError, prefix: str = "") -> SettingsError:

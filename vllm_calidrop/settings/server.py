@@ -19,6 +19,7 @@ from vllm_calidrop.settings.request import (
     Threshold,
     is_ours,
     settings_error,
+    unknown_name,
 )
 
 CONFIG_KEY = "calidrop"  # in --additional-config
@@ -121,8 +122,7 @@ def resolve_request(raw: Mapping[str, Any], server: ServerSettings) -> RequestSe
     asked = {name: value for name, value in raw.items() if is_ours(name)}
     for name, value in asked.items():
         if name not in RequestSettings.model_fields:
-            known = ", ".join(RequestSettings.model_fields)
-            raise SettingsError(f"unknown setting {name}; known are {known}", name, value=value)
+            raise unknown_name(name, value)
     try:
         settings = RequestSettings.model_validate({**server.request_defaults, **asked})
     except ValidationError as error:

@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from vllm_calidrop.hooks.api import verdict
+from vllm_calidrop.hooks.api.bodies import CLIENT_ARGUMENT, field_with_a_lone_surrogate, misplaced_settings
 from vllm_calidrop.hooks.api.input_processor import NOT_SETTINGS, bad_request, server_settings, settings_or_400
 from vllm_calidrop.hooks.on_import import when_imported
 from vllm_calidrop.hooks.wrap import wrap_method
@@ -62,7 +63,12 @@ def _checking_first(original: Callable[..., Any]) -> Callable[..., Any]:
         server = server_settings(self.engine_client.input_processor)
         if server is None:
             return await original(self, request, raw_request)
-        asked = asked_names(request, await _json_body(raw_request))
+        body = await _json_body(raw_request)
+        if message := misplaced_settings(body):
+            raise bad_request(message, CLIENT_ARGUMENT)
+        if field := field_with_a_lone_surrogate(body):
+            raise bad_request(f"{field} holds half of a surrogate pair, which is no Unicode text", field)
+        asked = asked_names(request, body)
         settings = settings_or_400(asked, server)
         if getattr(request, "use_beam_search", False):
             # The beams' own requests cannot carry an explicit null, so a server default would reach them.
