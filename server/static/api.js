@@ -54,14 +54,22 @@ export async function get(path) {
   return response.json();
 }
 
-// The chunks of a streamed answer, as objects.
-export async function* stream(path, body, signal) {
-  const response = await answer(path, {
+function send(path, body, signal) {
+  return answer(path, {
     method: "POST",
     headers: { "Content-Type": "application/json", ...headers() },
     body: JSON.stringify(body),
     signal,
   });
+}
+
+export async function post(path, body, signal) {
+  return (await send(path, body, signal)).json();
+}
+
+// The chunks of a streamed answer, as objects.
+export async function* stream(path, body, signal) {
+  const response = await send(path, body, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   let whole = false;

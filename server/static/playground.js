@@ -1,7 +1,9 @@
-// The playground: one prompt, asked with full KV and with a budget at the same time.
+// The playground: one prompt, asked with full KV and then with a budget.
 
-import { ServerError, stream } from "./api.js";
-import { byId, bytes, count, element, percent, seconds } from "./dom.js";
+import { ServerError, post, stream } from "./api.js";
+import { byId } from "./dom.js";
+import { example } from "./examples.js";
+import { explain, figures, showFigures, summary } from "./gain.js";
 
 // Names of the form's controls that a server may blame in `error.param`.
 const NUMBERS = ["kv_budget", "kv_theta1", "kv_theta2", "max_tokens"];
@@ -15,7 +17,8 @@ export function start(reportError) {
   const slider = byId("budget-slider"), number = byId("budget");
   slider.addEventListener("input", () => (number.value = slider.value));
   number.addEventListener("input", () => (slider.value = number.value));
-  byId("example").addEventListener("click", insertExample);
+  byId("theta1").addEventListener("change", followTheta1);
+  byId("example").addEventListener("click", () => insertExample(true));
   byId("stop").addEventListener("click", () => running?.abort());
   byId("form").addEventListener("submit", (event) => {
     event.preventDefault();
@@ -24,6 +27,7 @@ export function start(reportError) {
   byId("prompt").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) ask();
   });
+  explain(byId("meanings"));
 }
 
 // What the server allows and presets.
@@ -36,34 +40,28 @@ export function configure(config) {
     control.max = most ?? config.max_model_len;
   }
   if (!first) return;
-  offer("policy", config.fields.kv_policy.enum.filter((name) => name !== "full"));
-  offer("recall", config.fields.kv_recall.enum);
-  const { kv_budget: budget, kv_policy: policy, kv_recall: recall, kv_theta1, kv_theta2, kv_calibration } = config.defaults;
-  if (budget) byId("budget").value = budget;
-  byId("budget-slider").value = byId("budget").value;
+  const { kv_policy: policy, kv_recall: recall, kv_theta1, kv_theta2, kv_calibration } = config.defaults;
   if (policy !== "full") byId("policy").value = policy;
   byId("recall").value = recall;
   byId("theta1").value = kv_theta1;
   byId("theta2").value = kv_theta2;
   byId("calibration").checked = kv_calibration;
+  if (!byId("prompt").value) insertExample(false);
 }
 
-// The values of a setting, as the server's schema lists them.
-function offer(id, names) {
-  byId(id).replaceChildren(...names.map((name) => element("option", { value: name }, name)));
+async function insertExample(focus) {
+  if (model === null) return;
+  const { prompt, budget, chat } = await example(model);
+  byId("prompt").value = prompt;
+  byId("route").value = chat ? "chat/completions" : "completions";
+  byId("budget").value = Math.min(Math.max(model.defaults.kv_budget ?? budget, byId("budget").min), byId("budget").max);
+  byId("budget-slider").value = byId("budget").value;
+  if (focus) byId("prompt").focus();
 }
 
-async function insertExample() {
-  const bundled = model !== null && /(^|\/)(smooth|plain)$/.test(model.model);
-  if (bundled) {
-    byId("prompt").value = (await (await fetch("example.txt")).text()).trim();
-  } else {
-    const line = (day) => `On day ${day} the harbour was quiet and the boats stayed in; nothing happened that was worth a note.`;
-    const days = Array.from({ length: 60 }, (_, day) => line(day + 1));
-    days[20] = "On day 21 the keeper hid the key of the lighthouse under the third stone of the north stairs.";
-    byId("prompt").value = `${days.join("\n")}\n\nQuestion: where is the key of the lighthouse?\nAnswer:`;
-  }
-  byId("prompt").focus();
+// A threshold to read again that is above the one to merge takes that along, as in a request that names only the first.
+function followTheta1() {
+  if (Number(byId("theta1").value) > Number(byId("theta2").value)) byId("theta2").value = byId("theta1").value;
 }
 
 function settings() {
@@ -78,6 +76,7 @@ function settings() {
   };
 }
 
+// cache_salt: a new one for each answer, so that none finds the other's prompt in the prefix cache.
 function body(extra) {
   const prompt = byId("prompt").value;
   const asked = byId("route").value === "completions" ? { prompt } : { messages: [{ role: "user", content: prompt }] };
@@ -88,54 +87,66 @@ function body(extra) {
     temperature: 0,
     stream: true,
     stream_options: { include_usage: true },
+    cache_salt: `${Date.now()}-${Math.random()}`,
     ...extra,
   };
+}
+
+// The sentence about a form that cannot be asked, or null; the control that is wrong is marked.
+function incomplete() {
+  if (!byId("prompt").value.trim()) {
+    byId("prompt").focus();
+    return "Write a prompt first.";
+  }
+  for (const name of NUMBERS) {
+    const control = byId("form").elements[name];
+    if (control.value !== "") continue;
+    blame(name);
+    return name === "kv_budget"
+      ? "Enter a budget: without one a request keeps full KV, and both answers would be the same."
+      : `Enter a number for ${name}.`;
+  }
+  return null;
 }
 
 async function ask() {
   if (running) return;
   blame(null);
-  if (!byId("prompt").value.trim()) {
-    byId("progress").textContent = "Write a prompt first.";
-    byId("prompt").focus();
-    return;
-  }
+  const wrong = incomplete();
+  byId("progress").textContent = wrong ?? "answering, first with full KV, then with the budget…";
+  if (wrong) return;
   running = new AbortController();
   byId("ask").disabled = true;
   byId("stop").disabled = false;
-  byId("progress").textContent = "answering…";
-  const both = [
-    fill(byId("full"), body({ kv_policy: "full" }), running.signal),
-    fill(byId("compressed"), body(settings()), running.signal),
-  ];
-  const [full, compressed] = await Promise.all(both);
-  byId("progress").textContent = outcome(full, compressed, running.signal.aborted);
+  const { signal } = running;
+  clear(byId("full"), "running");
+  clear(byId("compressed"), "waiting");
+  const fields = settings();
+  const full = await fill(byId("full"), { kv_policy: "full" }, signal);
+  const compressed = await fill(byId("compressed"), fields, signal);
+  byId("progress").textContent = signal.aborted ? "stopped" : summary(full, compressed);
   running = null;
   byId("ask").disabled = false;
   byId("stop").disabled = true;
 }
 
-function outcome(full, compressed, stopped) {
-  if (stopped) return "stopped";
-  if (full === null || compressed === null) return "";
-  if (full === compressed) return "done: the answers are the same";
-  let same = 0;
-  while (full[same] === compressed[same]) same += 1;
-  return `done: the answers differ after ${count(same)} characters`;
+function clear(column, state) {
+  column.querySelector(".answer").textContent = "";
+  column.querySelector(".error").hidden = true;
+  column.querySelector(".facts").replaceChildren();
+  column.dataset.state = state;
 }
 
-// One column's answer, or null after an error.
-async function fill(column, request, signal) {
+// One column's answer: its text (null after an error), its report and what it held.
+async function fill(column, fields, signal) {
   const answer = column.querySelector(".answer"), error = column.querySelector(".error");
   const facts = column.querySelector(".facts");
-  answer.textContent = "";
-  error.hidden = true;
-  facts.replaceChildren();
-  column.dataset.state = "running";
+  clear(column, "running");
   const began = performance.now();
   let first = null, last = began, report = null, usage = null;
   try {
-    for await (const chunk of stream(`../v1/${byId("route").value}`, request, signal)) {
+    signal.throwIfAborted();
+    for await (const chunk of stream(`../v1/${byId("route").value}`, body(fields), signal)) {
       const text = chunk.choices[0]?.text ?? chunk.choices[0]?.delta?.content ?? "";
       if (text) {
         last = performance.now();
@@ -145,46 +156,37 @@ async function fill(column, request, signal) {
       }
       report = chunk.calidrop?.[0] ?? report;
       usage = chunk.usage ?? usage;
-      if (!report) showFacts(facts, null, null, first - began, last - began);
+      if (!report && first !== null) showFigures(facts, figures(null, null, null, first - began, last - began));
     }
-    showFacts(facts, report, usage, first === null ? null : first - began, last - began);
+    const held = await whatItHeld(report, usage, fields, signal);
+    showFigures(facts, figures(report, usage, held, first === null ? null : first - began, last - began));
     column.dataset.state = "done";
-    return answer.textContent;
+    return { text: answer.textContent, report, held };
   } catch (caught) {
-    column.dataset.state = "error";
     if (caught.name === "AbortError") {
       column.dataset.state = "stopped";
-      return null;
+      return { text: null };
     }
+    column.dataset.state = "error";
     error.textContent = caught.message;
     error.hidden = false;
-    if (caught instanceof ServerError) {
-      if (caught.param) blame(caught.param);
-      if (caught.kind === "key") onError(caught);
-    } else {
-      throw caught;
-    }
-    return null;
+    if (!(caught instanceof ServerError)) throw caught;
+    if (caught.param) blame(caught.param);
+    if (caught.kind === "key") onError(caught);
+    return { text: null };
   }
 }
 
-function showFacts(place, report, usage, first, total) {
-  const rows = [];
-  if (report) {
-    const decided = report.recomputes + report.merges + report.plain;
-    rows.push(["tokens kept", `${count(report.kept)} of ${count(report.prompt_tokens)}`]);
-    if (report.evicted) {
-      rows.push(["recompute rate", report.mode === "calidrop" ? percent(report.recomputes, decided) : "–"]);
-      rows.push(["read again", bytes(report.bytes_read)]);
-    }
-    rows.push(["mode", report.reason ? `${report.mode} (${report.reason.replaceAll("_", " ")})` : report.mode]);
+// Null where there is nothing to ask about, or nobody to ask: a server that stops finishes its answers only.
+async function whatItHeld(report, usage, fields, signal) {
+  if (!report || !usage) return null;
+  const lengths = { prompt_tokens: report.prompt_tokens, answer_tokens: usage.completion_tokens, mode: report.mode };
+  try {
+    return await post("held", { ...fields, ...lengths }, signal);
+  } catch (caught) {
+    if (caught instanceof ServerError) return null;
+    throw caught;
   }
-  if (usage) rows.push(["answer", `${count(usage.completion_tokens)} tokens`]);
-  if (first !== null) rows.push(["first token", seconds(first / 1000)]);
-  rows.push(["time", seconds(total / 1000)]);
-  place.replaceChildren(
-    ...rows.map(([name, value]) => element("div", {}, element("dt", { textContent: name }), element("dd", { textContent: value }))),
-  );
 }
 
 // Marks the control whose name the server blamed; null clears all.

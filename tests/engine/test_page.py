@@ -27,6 +27,7 @@ from tests.engine.conftest import CALIDROP_SERVER, Server, assert_no_fault, serv
 pytestmark = pytest.mark.engine
 
 KEY = "a-key"
+BEARER = {"Authorization": f"Bearer {KEY}"}
 EXAMPLE = (ROOT / "benchmarks/small_model/example_prompt.txt").read_text().strip()
 # A beginning that the bundled model goes on with for long.
 BEGINNING = EXAMPLE[:1200]
@@ -158,9 +159,11 @@ def test_both_answers_stream_and_say_what_they_cost(page: webdriver.Chrome, serv
     write(page, BEGINNING, 120)
     enter(page, "budget", 64)
     by_id(page, "ask").click()
-    until(page, lambda: states(page) == ["running", "running"])
-    until(page, lambda: all(answers(page)) and "running" in states(page))
-    begun = answers(page)
+    until(page, lambda: states(page) == ["running", "waiting"])
+    until(page, lambda: answers(page)[0] != "" and states(page) == ["running", "waiting"])
+    first, _ = answers(page)
+    until(page, lambda: answers(page)[1] != "" and states(page) == ["done", "running"])
+    begun = [first, answers(page)[1]]
     until(page, lambda: states(page) == ["done", "done"])
     ended = answers(page)
     assert all(whole.startswith(part) for whole, part in zip(ended, begun, strict=True))
@@ -172,24 +175,107 @@ def test_both_answers_stream_and_say_what_they_cost(page: webdriver.Chrome, serv
         "temperature": 0,
     }
     for text, column, fields in zip(ended, ("full", "compressed"), ({}, {"kv_budget": 64}), strict=True):
-        told = httpx.post(
-            f"{server}/v1/completions", json=asked | fields, headers={"Authorization": f"Bearer {KEY}"}, timeout=120
-        ).json()
+        told = httpx.post(f"{server}/v1/completions", json=asked | fields, headers=BEARER, timeout=120).json()
         (report,) = told["calidrop"]
         assert text == told["choices"][0]["text"]
         shown = facts(page, f"#{column} .facts")
         assert shown["tokens kept"] == f"{report['kept']:,} of {report['prompt_tokens']:,}"
         assert shown["answer"] == f"{told['usage']['completion_tokens']} tokens"
         assert {"first token", "time"} <= shown.keys()
+        assert_held(shown, report, told["usage"], httpx.get(f"{server}/calidrop/config", headers=BEARER).json())
         if fields:
             decided = report["recomputes"] + report["merges"] + report["plain"]
             assert abs(float(shown["recompute rate"].split()[0]) - 100 * report["recomputes"] / decided) < 2
-    assert "the answers" in by_id(page, "progress").text
+    said = by_id(page, "progress").text
+    assert "the answers" in said and "of the KV" in said and "such requests instead of" in said
     until(page, lambda: choose_span(page, "start"))
     until(page, lambda: len(page.find_elements(By.CSS_SELECTOR, ".bars li")) == 4)
     until(page, lambda: "%" in page.find_element(By.CSS_SELECTOR, ".bars").text)
     assert int(facts(page, ".figures")["compressed"]) >= 1
     assert_quiet(page)
+
+
+def assert_held(shown: dict[str, str], report: dict[str, Any], usage: dict[str, int], config: dict[str, Any]) -> None:
+    """Tokens and blocks by hand: two layers, fp32; a compacted prompt gives up the whole blocks of what it evicts."""
+    size, prompt, answer = config["block_size"], report["prompt_tokens"], usage["completion_tokens"]
+    full = -(-(prompt + answer) // size)
+    own = full - report["evicted"] // size
+    assert shown["device KV"].startswith(f"{report['kept'] + answer:,} tokens, ")
+    assert shown["device KV"].endswith(f", {own:,} blocks")
+    assert shown["of full KV"].startswith(f"{100 * own / full:.0f} % of {prompt + answer:,} tokens, ")
+    assert shown["of full KV"].endswith(f", {full:,} blocks")
+    assert (shown["host memory"] == "0 B") == (report["evicted"] == 0)
+    assert (shown["read again"] == "0 B") == (report["evicted"] == 0)
+    assert int(shown["pool holds"].split()[0].replace(",", "")) >= 1
+
+
+def test_it_opens_with_an_example_that_works(browser: webdriver.Chrome, server: Server) -> None:
+    browser.get(f"{server}/calidrop/")
+    until(browser, lambda: by_id(browser, "prompt").get_property("value") == EXAMPLE)
+    assert by_id(browser, "budget").get_property("value") == "64"
+    by_id(browser, "ask").click()
+    until(browser, lambda: states(browser) == ["done", "done"])
+    assert int(facts(browser, "#compressed .facts")["of full KV"].split()[0]) < 50
+    held = [
+        int(facts(browser, f"#{column} .facts")["pool holds"].split()[0].replace(",", ""))
+        for column in ("full", "compressed")
+    ]
+    assert held[1] > held[0]
+
+
+def test_other_models_get_a_long_english_document(page: webdriver.Chrome) -> None:
+    script = "return import('./examples.js').then(module => module.example({model: 'other', chat: arguments[0]}))"
+    for chat in (True, False):
+        given = page.execute_script(script, chat)
+        assert given["budget"] == 128 and given["chat"] is chat
+        assert len(given["prompt"].split()) > 900
+        assert "key of the glass case" in given["prompt"].splitlines()[-1 if chat else -2]
+
+
+def test_every_figure_is_explained(page: webdriver.Chrome, server: Server) -> None:
+    """On hover, and in the help panel with a link to a document that is there."""
+    insert_example(page)
+    enter(page, "max-tokens", 4)
+    by_id(page, "ask").click()
+    until(page, lambda: states(page) == ["done", "done"])
+    script = (
+        "return Array.from(document.querySelectorAll('.facts > div'), d => [d.querySelector('dt').innerText, d.title])"
+    )
+    hovers = dict(page.execute_script(script))
+    assert {"device KV", "of full KV", "host memory", "read again", "pool holds"} <= hovers.keys()
+    page.find_element(By.CSS_SELECTOR, "#help summary").send_keys(Keys.ENTER)
+    told = facts(page, "#meanings")
+    for name, line in hovers.items():
+        assert len(line) > 15 and told[name].startswith(line)
+    links = {str(a.get_attribute("href")) for a in page.find_elements(By.CSS_SELECTOR, "#help a")}
+    for link in links:
+        answer = httpx.get(link)
+        assert answer.status_code == 200 and answer.text.startswith("# "), link
+    assert httpx.get(f"{server}/calidrop/docs/none.md").status_code == 404
+    page.find_element(By.CSS_SELECTOR, "#help summary").send_keys(Keys.ENTER)
+    assert_quiet(page)
+
+
+def test_an_emptied_budget_is_not_full_kv(page: webdriver.Chrome) -> None:
+    write(page, BEGINNING, 4)
+    enter(page, "budget", Keys.DELETE)
+    by_id(page, "ask").click()
+    assert "Enter a budget" in by_id(page, "progress").text
+    assert by_id(page, "budget").get_attribute("aria-invalid") == "true"
+    assert page.switch_to.active_element == by_id(page, "budget")
+    assert states(page) == [None, None]
+    enter(page, "budget", 64)
+
+
+def test_theta2_follows_theta1(page: webdriver.Chrome) -> None:
+    write(page, BEGINNING, 4)
+    enter(page, "budget", 64)
+    enter(page, "theta1", f"2{Keys.TAB}")
+    assert by_id(page, "theta2").get_property("value") == "2"
+    by_id(page, "ask").click()
+    until(page, lambda: states(page) == ["done", "done"])
+    assert facts(page, "#compressed .facts")["recompute rate"] == "100 %"
+    assert "the answers are the same" in by_id(page, "progress").text
 
 
 def test_running_sequences_are_listed_and_can_be_stopped(page: webdriver.Chrome) -> None:
@@ -205,7 +291,7 @@ def test_running_sequences_are_listed_and_can_be_stopped(page: webdriver.Chrome)
 
 def test_a_refusal_marks_its_field(page: webdriver.Chrome) -> None:
     write(page, BEGINNING, 4)
-    enter(page, "theta1", "1.5")
+    enter(page, "theta1", "2.5")
     by_id(page, "ask").click()
     until(page, lambda: states(page) == ["done", "error"])
     error = page.find_element(By.CSS_SELECTOR, "#compressed .error").text
@@ -213,6 +299,7 @@ def test_a_refusal_marks_its_field(page: webdriver.Chrome) -> None:
     assert by_id(page, "theta1").get_attribute("aria-invalid") == "true"
     assert page.switch_to.active_element == by_id(page, "theta1")
     enter(page, "theta1", "0.7")
+    enter(page, "theta2", "0.85")
     by_id(page, "ask").click()
     until(page, lambda: states(page) == ["done", "done"])
     assert by_id(page, "theta1").get_attribute("aria-invalid") is None
@@ -282,7 +369,7 @@ def test_ctrl_c_while_it_streams(page: webdriver.Chrome, server: Server) -> None
     """Within --shutdown-timeout the running answers are finished; then the page says that nobody answers."""
     write(page, BEGINNING, 200)
     by_id(page, "ask").click()
-    until(page, lambda: all(answers(page)))
+    until(page, lambda: all(answers(page)) and states(page) == ["done", "running"])
     os.kill(server.process.pid, signal.SIGINT)
     until(page, lambda: states(page) == ["done", "done"])
     assert all(facts(page, f"#{column} .facts")["answer"] for column in ("full", "compressed"))
@@ -304,10 +391,12 @@ def test_every_file_of_the_page_is_packaged(tmp_path: Path) -> None:
     for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md"):
         copy.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, copy / name)
-    for name in ("vllm_calidrop", "server"):
+    for name in ("vllm_calidrop", "server", "docs"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run([*command, "--wheel-dir", str(tmp_path), str(copy)], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     for path in (ROOT / "server/static").iterdir():
         assert f"vllm_calidrop_server/static/{path.name}" in names
+    for path in (ROOT / "docs").glob("*.md"):
+        assert f"vllm_calidrop_server/docs/{path.name}" in names

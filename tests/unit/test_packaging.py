@@ -7,6 +7,7 @@ import subprocess
 import tomllib
 from importlib.metadata import distribution, entry_points
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from packaging.requirements import Requirement
@@ -92,23 +93,50 @@ def test_makefile_has_the_target(target: str) -> None:
     what_make_would_run(target)
 
 
+def served_by_make(*arguments: str, fetches: bool = True) -> str:
+    """The arguments of calidrop-server that `make serve` ends with, in an environment of programs that do nothing."""
+    with TemporaryDirectory() as folder:
+        programs = Path(folder) / "bin"
+        programs.mkdir()
+        answer = 'case "$*" in *benchmarks.models*) echo "/fetched/${@: -1}";; esac'
+        scripts = {"python": answer if fetches else "exit 1", "calidrop-server": 'echo "$@"'}
+        for name, script in scripts.items():
+            (programs / name).write_text(f"#!/bin/bash\n{script}\n")
+            (programs / name).chmod(0o755)
+        (Path(folder) / ".installed").touch()
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+        command = ["make", "--no-print-directory", "serve", f"VENV={folder}", *arguments]
+        run = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
+    assert ("serving the bundled model smooth" in run.stderr) is not fetches
+    return run.stdout.strip().splitlines()[-1]
+
+
 def test_make_serve_serves_the_named_model_with_the_backend() -> None:
-    command = what_make_would_run("serve", "MODEL=some/model", "PORT=8123", "ARGS=--seed 1").splitlines()[-1]
-    assert "calidrop-server some/model --attention-backend calidrop " in command
-    assert command.endswith("--host 127.0.0.1 --port 8123 --seed 1")
+    assert served_by_make("MODEL=some/model", "PORT=8123", "ARGS=--seed 1") == (
+        "some/model --attention-backend calidrop --host 127.0.0.1 --port 8123 --seed 1"
+    )
+    bundled = served_by_make("MODEL=smooth", "BACKEND=cpu_attn")
+    assert bundled.startswith("benchmarks/small_model/smooth --served-model-name smooth --attention-backend cpu_attn ")
+
+
+def test_make_serve_fetches_a_model_that_speaks_english() -> None:
+    """By default, once; where it cannot be fetched, the bundled model is served and that is said."""
+    assert served_by_make().startswith("/fetched/smollm2-135m --served-model-name smollm2-135m ")
+    served = served_by_make(fetches=False)
+    assert served.startswith("benchmarks/small_model/smooth --served-model-name smooth ")
 
 
 def test_calidrop_server_adds_what_is_not_named() -> None:
     backend, timeout = ["--attention-backend", "calidrop"], ["--shutdown-timeout", "8"]
-    assert serve_arguments(["m", "--port", "1"]) == ["serve", "m", "--port", "1", *backend, *timeout]
+    assert serve_arguments(["m", "--port", "1"]) == ["m", "--port", "1", *backend, *timeout]
     for named in (
         ["--attention-backend", "x"],
         ["--attention_backend=x"],
         ["-ac.backend=x"],
         ["--attention-config.backend", "x"],
     ):
-        assert serve_arguments(["m", *named]) == ["serve", "m", *named, *timeout]
-    assert serve_arguments(["m", "--shutdown-timeout=3"]) == ["serve", "m", "--shutdown-timeout=3", *backend]
+        assert serve_arguments(["m", *named]) == ["m", *named, *timeout]
+    assert serve_arguments(["m", "--shutdown-timeout=3"]) == ["m", "--shutdown-timeout=3", *backend]
 
 
 def test_own_flags_become_environment_variables() -> None:
