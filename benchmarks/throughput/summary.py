@@ -1,6 +1,6 @@
-"""The results in some lines, beside what was aimed at; README's section is this table and nothing else.
+"""The results in some lines, beside what was aimed at; docs/performance.md has this table between two markers.
 
-python -m benchmarks.throughput.summary        # writes it into README.md, from the committed results
+python -m benchmarks.throughput.summary        # writes it into docs/performance.md, from the committed results
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "throughput" / "results.json"
+DOCUMENT = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- throughput: written by python -m benchmarks.throughput.summary -->", "<!-- /throughput -->"
 Row = dict[str, Any]
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
-    readme.write_text(put(readme.read_text(), table(json.loads(RESULTS.read_text()))))
+    DOCUMENT.write_text(put(DOCUMENT.read_text(), table(json.loads(RESULTS.read_text()))))
     return 0
 
 

@@ -193,6 +193,25 @@ def test_config(http: httpx.Client, model: str) -> None:
     assert config["fields"].keys() == config["defaults"].keys()
 
 
+def test_held(http: httpx.Client, model: str) -> None:
+    """Sizes of a request as `plan` has them: blocks of 32 tokens, and three swap blocks of 128 for 276 evicted ones."""
+    asked = {"prompt_tokens": 300, "answer_tokens": 20, "mode": "calidrop", "kv_budget": BUDGET}
+    told = http.post("/calidrop/held", json=asked).json()
+    assert (told["full"]["tokens"], told["full"]["blocks"]) == (320, 10)
+    assert (told["held"]["tokens"], told["held"]["blocks"]) == (BUDGET + 20, 10 - 276 // 32)
+    assert told["held"]["bytes"] * 10 == told["full"]["bytes"] * 2
+    assert told["host_bytes"] == 3 * 262144
+    assert told["held"]["fit"] == 8 // 3, "the host pool of this server has eight swap blocks"
+    evicted = http.post("/calidrop/held", json=asked | {"mode": "evict"}).json()
+    assert evicted["host_bytes"] == 0 and evicted["held"]["fit"] > told["full"]["fit"]
+    full = http.post("/calidrop/held", json=asked | {"mode": "full"}).json()
+    assert full["held"] == full["full"] | {"fit": full["held"]["fit"]}
+    wrong = {"prompt_tokens": -1, "answer_tokens": "many", "mode": "all", "kv_budget": 1, "kv_nonsense": 1}
+    for field, value in wrong.items():
+        refused(http.post("/calidrop/held", json=asked | {field: value}), 400, field)
+    assert httpx.post(http.base_url.join("/calidrop/held"), json=asked).status_code == 401
+
+
 def test_stats_while_a_request_runs_and_after(http: httpx.Client, model: str) -> None:
     before = fresh_stats(http)["engines"][0]
     assert before["sequences"] == []

@@ -1,4 +1,4 @@
-"""README's figures are those of the committed result files."""
+"""The figures of docs/performance.md are those of the committed result files."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import json
 from benchmarks.throughput import summary
 
 
-def test_readme_says_what_was_measured() -> None:
-    readme = (summary.ROOT / "README.md").read_text()
-    assert readme == summary.put(readme, summary.table(json.loads(summary.RESULTS.read_text())))
+def test_the_document_says_what_was_measured() -> None:
+    text = summary.DOCUMENT.read_text()
+    assert text == summary.put(text, summary.table(json.loads(summary.RESULTS.read_text())))
 
 
 def test_figures_come_from_the_rows() -> None:
