@@ -6,6 +6,7 @@ Every check returns nothing or raises UsageError. A check that cannot be sure sa
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import socket
@@ -15,12 +16,13 @@ from pathlib import Path
 
 import psutil
 
-from vllm_calidrop.settings.request import RequestSettings
+from vllm_calidrop.settings.request import RequestSettings, SettingsError
 from vllm_calidrop.settings.server import ServerSettings
 
 from .command_line import CommandLine
 
 HUB_TIMEOUT_SECONDS = 5.0
+GIB = 2**30
 # A name on the hub of Hugging Face, `owner/name` or `name`, with what vLLM allows behind it for a GGUF file.
 _HUB_NAME = re.compile(r"([\w.-]+/)?[\w.-]+(:[\w.-]+)?")
 
@@ -32,6 +34,7 @@ class UsageError(Exception):
 def check(line: CommandLine) -> None:
     """Raise UsageError for the first mistake found."""
     _refuse_settings_as_flags(line)
+    _need_good_settings(line)
     _need_a_model(line)
     if line.model:
         _need_its_files(line.model)
@@ -51,6 +54,25 @@ def _refuse_settings_as_flags(line: CommandLine) -> None:
         example = f'--additional-config \'{{"calidrop": {{"{name}": {shown}}}}}\''
         also = "; a request sets its own as a field of its JSON body" if name in RequestSettings.model_fields else ""
         raise UsageError(f"{flag} is not a flag: the server's default is given with {example}{also}")
+
+
+def _need_good_settings(line: CommandLine) -> None:
+    """The server's settings by themselves, and a host pool that can be told not to fit before anything is loaded."""
+    given = line.value("--additional-config")
+    if given is None:
+        return
+    try:
+        settings = ServerSettings.from_additional_config(json.loads(given))
+    except json.JSONDecodeError as error:
+        raise UsageError(f"--additional-config is not JSON ({error})") from None
+    except SettingsError as error:
+        raise UsageError(f"--additional-config: {error}") from None
+    free = psutil.virtual_memory().available
+    if settings.swap_bytes is not None and settings.swap_bytes > free:
+        raise UsageError(
+            f"swap_bytes ({settings.swap_bytes / GIB:.2f} GiB) is more than the free memory of this machine "
+            f"({free / GIB:.2f} GiB): lower it in --additional-config"
+        )
 
 
 def _need_a_model(line: CommandLine) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -79,6 +80,14 @@ def test_settings_given_as_flags() -> None:
     said = refused(MODEL, "--kv-budget", "128")
     assert """--additional-config '{"calidrop": {"kv_budget": 128}}'""" in said and "JSON body" in said
     assert '"swap_bytes": 4096' in refused(MODEL, "--swap_bytes=4096")
+
+
+def test_settings_that_cannot_be() -> None:
+    assert "is not JSON" in refused(MODEL, "--additional-config", "{kv_budget: 1}")
+    assert "'swap_byte'" in refused(MODEL, "--additional-config", '{"calidrop": {"swap_byte": 1}}')
+    assert "kv_budget" in refused(MODEL, "--additional-config", '{"calidrop": {"kv_budget": 0}}')
+    said = refused(MODEL, "--additional-config", json.dumps({"calidrop": {"swap_bytes": 2**60}}))
+    assert "swap_bytes" in said and "free memory" in said and "lower it" in said
 
 
 def test_what_vllm_refuses_is_one_line_too() -> None:

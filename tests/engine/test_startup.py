@@ -199,6 +199,11 @@ def test_swap_pool_larger_than_the_memory(llama: str) -> None:
         start_engine(llama, additional_config=settings, kv_cache_memory_bytes=2**26)
 
 
+def test_a_fixed_pool_larger_than_the_memory(llama: str) -> None:
+    with pytest.raises(ValueError, match=r"fixed KV pool .*lower --num-gpu-blocks-override"):
+        start_engine(llama, num_gpu_blocks_override=10**9)
+
+
 def test_a_scheduler_that_is_not_vllms(llama: str) -> None:
     class Other:
         pass

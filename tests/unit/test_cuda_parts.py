@@ -161,7 +161,7 @@ def test_kv_pool_leaves_room_on_the_device(monkeypatch: pytest.MonkeyPatch) -> N
             scheduler_config=SimpleNamespace(max_num_seqs=5, max_num_batched_tokens=512),
             cache_config=SimpleNamespace(kv_cache_memory_bytes=fixed),
         )
-        return leave_room_on_device(shape, 12, settings, config, available)
+        return leave_room_on_device(shape, 12, settings, config, available, fixed)
 
     assert left(ours + 7) == 7
     with pytest.raises(ValueError, match="nothing of the available"):

@@ -221,10 +221,12 @@ class Engine:
     SPEC = CaliDropSpec(block_size=32, num_kv_heads=2, head_size=64, dtype=torch.float32)
     LAYERS = ("a", "b", "c")
 
-    def __init__(self, fixed_kv_pool: int | None = None, tensor_parallel: int = 1, **calidrop: Any) -> None:
+    def __init__(
+        self, fixed_kv_pool: int | None = None, tensor_parallel: int = 1, blocks: int | None = None, **calidrop: Any
+    ) -> None:
         self.config = SimpleNamespace(
             additional_config={"calidrop": {"sketch_bytes": 0, "buffer_bytes": 0} | calidrop},
-            cache_config=SimpleNamespace(kv_cache_memory_bytes=fixed_kv_pool),
+            cache_config=SimpleNamespace(kv_cache_memory_bytes=fixed_kv_pool, num_gpu_blocks_override=blocks),
             scheduler_config=SimpleNamespace(max_num_seqs=16),
             max_concurrent_batches=2,
             parallel_config=SimpleNamespace(tensor_parallel_size=tensor_parallel),
@@ -253,6 +255,17 @@ def free_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
 
     return set_to
+
+
+def test_a_number_of_blocks_fixes_the_pool(free_memory: Callable[[int], None]) -> None:
+    """What vLLM found is no matter then: the blocks are held against the free memory, with all of ours."""
+    engine = Engine(blocks=100, swap_bytes=GIB)
+    needed = 100 * 3 * Engine.SPEC.page_size_bytes + engine.ours + GIB
+    free_memory(needed)
+    assert leave_room(engine.config, engine.worker, 7) == 7
+    free_memory(needed - 1)
+    with pytest.raises(ValueError, match=r"lower --num-gpu-blocks-override .*swap_bytes"):
+        leave_room(engine.config, engine.worker, 7)
 
 
 def test_kv_pool_gets_what_is_left(free_memory: Callable[[int], None]) -> None:

@@ -47,18 +47,20 @@ def leave_room(vllm_config: Any, worker: Any, available: int) -> int:
     shape = ModelShape.of(vllm_config, next(iter(specs.values())), len(specs))
     settings = ServerSettings.from_additional_config(vllm_config.additional_config)
     num_slots = num_state_slots(vllm_config)
+    fixed = fixed_pool(vllm_config, sum(spec.page_size_bytes for spec in specs.values()), available)
     if is_on_gpu():
-        return leave_room_on_device(shape, num_slots, settings, vllm_config, available)
+        return leave_room_on_device(shape, num_slots, settings, vllm_config, available, fixed)
     ours = footprint(shape, num_slots, settings).total
     ours += recall_pool_bytes(recall_pools(max(0, available - ours), None, shape, num_slots, settings), shape)
     free_host = psutil.virtual_memory().available
-    if vllm_config.cache_config.kv_cache_memory_bytes is not None:
-        needed = available + ours + (settings.swap_bytes or 0)
+    if fixed is not None:
+        needed = fixed + ours + (settings.swap_bytes or 0)
         if needed > free_host:
             raise ValueError(
-                f"calidrop: the fixed KV pool ({available / GIB:.2f} GiB), state table, sketches and scratch "
+                f"calidrop: the fixed KV pool ({fixed / GIB:.2f} GiB), state table, sketches and scratch "
                 f"({ours / GIB:.2f} GiB) and swap_bytes ({(settings.swap_bytes or 0) / GIB:.2f} GiB) are more than the "
-                f"free memory ({free_host / GIB:.2f} GiB)"
+                f"free memory ({free_host / GIB:.2f} GiB); lower --num-gpu-blocks-override or "
+                "--kv-cache-memory-bytes, swap_bytes, or --max-num-seqs"
             )
         return available
     rest = available - ours
@@ -69,6 +71,17 @@ def leave_room(vllm_config: Any, worker: Any, available: int) -> int:
             f"sketches and scratch ({ours / GIB:.2f} GiB) and the swap pool; lower --max-num-seqs or swap_bytes"
         )
     return rest
+
+
+def fixed_pool(vllm_config: Any, block_bytes: int, available: int) -> int | None:
+    """Bytes of a KV pool whose size the user has fixed, on one rank; None if vLLM fits it to the memory it finds.
+
+    block_bytes: one block of every layer.
+    """
+    cache = vllm_config.cache_config
+    if cache.num_gpu_blocks_override is not None:
+        return int(cache.num_gpu_blocks_override * block_bytes)
+    return available if cache.kv_cache_memory_bytes is not None else None
 
 
 def device_bytes(shape: ModelShape, num_slots: int, max_rows: int, max_chunk: int, settings: ServerSettings) -> int:
@@ -112,17 +125,23 @@ def compaction_bytes(shape: ModelShape, max_chunk: int) -> int:
 
 
 def leave_room_on_device(
-    shape: ModelShape, num_slots: int, settings: ServerSettings, vllm_config: Any, available: int
+    shape: ModelShape,
+    num_slots: int,
+    settings: ServerSettings,
+    vllm_config: Any,
+    available: int,
+    fixed: int | None = None,
 ) -> int:
     """What of `available` bytes the KV pool may take. One of fixed size is not shrunk: the sum is checked instead."""
     scheduler = vllm_config.scheduler_config
     ours = device_bytes(shape, num_slots, scheduler.max_num_seqs, scheduler.max_num_batched_tokens, settings)
-    if vllm_config.cache_config.kv_cache_memory_bytes is not None:
+    if fixed is not None:
         free = torch.cuda.mem_get_info()[0]
-        if available + ours > free:
+        if fixed + ours > free:
             raise ValueError(
-                f"calidrop: the fixed KV pool ({available / GIB:.2f} GiB), state table and scratch "
-                f"({ours / GIB:.2f} GiB) are more than the free device memory ({free / GIB:.2f} GiB)"
+                f"calidrop: the fixed KV pool ({fixed / GIB:.2f} GiB), state table and scratch "
+                f"({ours / GIB:.2f} GiB) are more than the free device memory ({free / GIB:.2f} GiB); lower "
+                "--num-gpu-blocks-override or --kv-cache-memory-bytes, or --max-num-seqs"
             )
         return available
     rest = available - ours
