@@ -116,7 +116,10 @@ def test_make_serve_serves_the_named_model_with_the_backend() -> None:
         "some/model --attention-backend calidrop --host 127.0.0.1 --port 8123 --seed 1"
     )
     bundled = served_by_make("MODEL=smooth", "BACKEND=cpu_attn")
-    assert bundled.startswith("benchmarks/small_model/smooth --served-model-name smooth --attention-backend cpu_attn ")
+    assert bundled.startswith("benchmarks/small_model/smooth --served-model-name smooth ")
+    assert "--attention-backend cpu_attn " in bundled
+    has_bfloat16 = re.search(r"avx512_bf16|amx_bf16|\bbf16\b", Path("/proc/cpuinfo").read_text())
+    assert ("--dtype float32" in bundled) is (has_bfloat16 is None)
 
 
 def test_make_serve_fetches_a_model_that_speaks_english() -> None:
