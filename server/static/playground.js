@@ -1,7 +1,7 @@
 // The playground: one prompt, asked with full KV and then with a budget.
 
 import { ServerError, post, stream } from "./api.js";
-import { byId } from "./dom.js";
+import { byId, element } from "./dom.js";
 import { example } from "./examples.js";
 import { explain, figures, showFigures, summary } from "./gain.js";
 
@@ -40,6 +40,8 @@ export function configure(config) {
     control.max = most ?? config.max_model_len;
   }
   if (!first) return;
+  offer("policy", config.fields.kv_policy.enum.filter((name) => name !== "full"));
+  offer("recall", config.fields.kv_recall.enum);
   const { kv_policy: policy, kv_recall: recall, kv_theta1, kv_theta2, kv_calibration } = config.defaults;
   if (policy !== "full") byId("policy").value = policy;
   byId("recall").value = recall;
@@ -47,6 +49,11 @@ export function configure(config) {
   byId("theta2").value = kv_theta2;
   byId("calibration").checked = kv_calibration;
   if (!byId("prompt").value) insertExample(false);
+}
+
+// The values of a setting, as the server's schema lists them.
+function offer(id, names) {
+  byId(id).replaceChildren(...names.map((name) => element("option", { value: name }, name)));
 }
 
 async function insertExample(focus) {
