@@ -223,6 +223,13 @@ def test_a_policy_that_breaks_the_contract_is_named(importance: Tensor) -> None:
         policy.select(given_inputs(3, 2), 0)
 
 
+def test_needs_that_nobody_knows_are_refused_at_once() -> None:
+    with pytest.raises(TypeError, match="the policy Wrong must say what it needs as Needs, not 'keys'"):
+
+        class Wrong(Given):
+            needs = "keys"  # type: ignore[assignment]
+
+
 @pytest.mark.parametrize(
     ("needs", "num_bytes", "hit"),
     [

@@ -67,6 +67,10 @@ class Policy(ABC):
     name: ClassVar[str]
     needs: ClassVar[Needs] = Needs.NOTHING
 
+    def __init_subclass__(cls) -> None:
+        if not isinstance(cls.needs, Needs):
+            raise TypeError(f"the policy {cls.__name__} must say what it needs as Needs, not {cls.needs!r}")
+
     @abstractmethod
     def importance(self, inputs: ScoreInputs) -> Tensor:
         """float32 [H, P] on the inputs' device; +inf for tokens that are always kept. It must not wait for a GPU."""
