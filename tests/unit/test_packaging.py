@@ -4,12 +4,14 @@ import importlib
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from importlib.metadata import distribution, entry_points
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -166,3 +168,46 @@ def test_options_that_are_no_positive_numbers(monkeypatch: pytest.MonkeyPatch, n
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=name):
         Options.from_environment()
+
+
+def test_workflows_run_what_the_repository_has() -> None:
+    workflows = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / ".github/workflows").glob("*.yml")}
+    assert workflows.keys() == {"ci", "watch_vllm"}
+    commands = {
+        name: [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+        for name, workflow in workflows.items()
+    }
+    assert commands["ci"][-1].endswith(" .ci/run") and os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert commands["watch_vllm"][-1] == "python -m deploy.watch_vllm"
+    assert "schedule" in workflows["watch_vllm"][True], "YAML reads the key `on` as true"
+    for workflow in workflows.values():
+        (python,) = [
+            step["with"]["python-version"]
+            for job in workflow["jobs"].values()
+            for step in job["steps"]
+            if "python-version" in step.get("with", {})
+        ]
+        assert f"Programming Language :: Python :: {python}" in PYPROJECT["project"]["classifiers"]
+
+
+def test_the_watch_needs_neither_vllm_nor_this_package_installed() -> None:
+    """The scheduled workflow runs it with a bare Python."""
+    code = (
+        "import sys; from deploy.watch_vllm import __main__;"
+        "assert not {'vllm', 'torch', 'numpy', 'pydantic'} & set(sys.modules), 'too much'"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_pre_commit_runs_what_make_lint_does() -> None:
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert repository["repo"] == "local", "another repository would bring versions of its own"
+    entries = [hook["entry"].removesuffix(" --force-exclude") for hook in repository["hooks"]]
+    linted = what_make_would_run("lint")
+    assert entries and all(entry in linted for entry in entries)
+
+
+@pytest.mark.parametrize("package", ["vllm_calidrop", "vllm_calidrop_server"])
+def test_the_packages_are_typed_for_others(package: str) -> None:
+    path = importlib.import_module(package).__file__
+    assert path is not None and Path(path).with_name("py.typed").exists()
