@@ -22,8 +22,8 @@ from transformers import LlamaForCausalLM
 from tests.reference.attention import State, attention_state, cosine, decide, merge, prompt_attention
 from tests.reference.codecs import read_bytes, read_page_bytes, stored_as
 from tests.reference.policies import select
-from tests.reference.recall import PAGE, HeadRecall
-from tests.reference.settings import Settings
+from tests.reference.recall import PAGE, HeadRecall, Rest, rest_of
+from tests.reference.settings import BALANCE_QUERIES, Settings
 
 NO_DECISION, PLAIN, MERGE, RECOMPUTE = -1, 0, 1, 2
 
@@ -331,9 +331,14 @@ class Reference:
         evicted_k, evicted_v, last_q = _gather(k, hosted), _gather(v, hosted), q[:, :, -1]
         read_k, read_v = self._as_stored(evicted_k, evicted_v, settings)
         if settings.kv_recall == "pages":
-            mu = k[:, :prompt_tokens].mean(dim=1)
-            heads = zip(evicted_k, read_k, read_v, mu, strict=True)
-            cache.recall = [HeadRecall(*head, settings, self.scale) for head in heads]
+            prompt_k, prompt_v = k[:, :prompt_tokens], v[:, :prompt_tokens]
+            rests: list[Rest | None] = [None] * self.kv_heads
+            if settings.has_rest:
+                last = q[:, :, max(0, prompt_tokens - BALANCE_QUERIES) : prompt_tokens]
+                parts = zip(last, prompt_k, prompt_v, evicted_v, strict=True)
+                rests = [rest_of(*part, settings.kv_recall_rest) for part in parts]
+            heads = zip(evicted_k, read_k, read_v, prompt_k.mean(dim=1), rests, strict=True)
+            cache.recall = [HeadRecall(*head, settings, self.scale, rest) for *head, rest in heads]
             cache.most_reads = self._most_reads(read_page_bytes(settings.kv_codec, *self._element), settings)
         else:
             state = attention_state(last_q, evicted_k, evicted_v, self.scale)

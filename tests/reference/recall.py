@@ -18,6 +18,7 @@ from tests.reference.settings import Settings
 
 PAGE = 16
 INNER, OUTER, BOUNDARY = 0.4528, 1.5104, 0.9816
+DISTORTION = 0.1175  # of this quantiser: what is left of a variance of 1
 
 
 class Step(NamedTuple):
@@ -43,9 +44,31 @@ class HeadMargins:
 
 
 @dataclass
+class Rest:
+    """What a KV head whose unread tokens are attended too knows beside its sketch.
+
+    weights: [dim], of the key channels; v: [m, dim], the evicted values as their codes stand for them.
+    """
+
+    weights: Tensor
+    v: Tensor
+
+
+def rest_of(queries: Tensor, prompt_k: Tensor, prompt_v: Tensor, evicted_v: Tensor, kind: str) -> Rest:
+    """queries: [group, n, dim], of the last prompt positions; prompt_k, prompt_v: [P, dim]; evicted_v: [m, dim]."""
+    least = torch.tensor(1e-6)
+    queries_rms = queries.pow(2).flatten(0, 1).mean(0).sqrt()
+    keys_rms = prompt_k.var(dim=0, correction=0).sqrt()
+    weights = (torch.maximum(queries_rms, least) / torch.maximum(keys_rms, least)).sqrt()
+    mu = prompt_v.mean(0)
+    coded = torch.stack([_coded_value(row, kind) for row in _rotate(evicted_v - mu)])
+    return Rest(torch.maximum(weights, least), mu + _unrotate(coded)[:, : len(mu)])
+
+
+@dataclass
 class HeadRecall:
     """One layer's KV head. Its readable evicted tokens [m, dim], in order of position: sketched, the keys that are
-    sketched; k, v: what is read. mu: [dim].
+    sketched; k, v: what is read. mu: [dim]. rest: None where tokens that are not read are ignored.
     """
 
     sketched: Tensor
@@ -54,6 +77,7 @@ class HeadRecall:
     mu: Tensor
     settings: Settings
     scale: float
+    rest: Rest | None = None
     margins: HeadMargins = field(default_factory=HeadMargins)
     last_q: Tensor | None = None
     stale: tuple[Tensor, Tensor] | None = None
@@ -61,7 +85,10 @@ class HeadRecall:
     shares: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.estimated_k = self.mu + _unrotate(_quantise(_rotate(self.sketched - self.mu)))[:, : self.k.shape[1]]
+        weights = torch.ones_like(self.mu) if self.rest is None else self.rest.weights
+        rows = _rotate((self.sketched - self.mu) * weights)
+        self.estimated_k = self.mu + _unrotate(_quantise(rows))[:, : self.k.shape[1]] / weights
+        self.scales = torch.stack([_code_and_scale(row)[1].half().to(row.dtype) for row in rows])
 
     def would_read(self, q: Tensor, kept_lse: Tensor) -> list[tuple[int, float]]:
         """Pages that this step would read, and their shares, the largest first. Nothing is changed by asking."""
@@ -84,22 +111,42 @@ class HeadRecall:
             attended += read
             self.last_q = q
             self.buffer = (wanted + [page for page in self.buffer if page not in wanted])[: settings.kv_recall_buffer]
-        elif not settings.kv_recall_buffer:
+        elif self.rest is not None or not settings.kv_recall_buffer:
             assert self.stale is not None
             out, lse = self.stale
             return Step(False, 0, not math.isinf(float(lse[0])), out, lse)
 
         out, lse = self._attend(q, attended)
+        if looks and self.rest is not None:
+            out, lse = self._with_rest(q, out, lse, attended, self.rest)
         if looks:
             self.stale = (out, lse)
         return Step(looks, len(read), not looks and bool(attended), out, lse)
+
+    def _with_rest(self, q: Tensor, out: Tensor, lse: Tensor, attended: list[int], rest: Rest) -> tuple[Tensor, Tensor]:
+        """The state over the attended pages, and over the codes of all other tokens."""
+        unread = [i for i in range(len(self.k)) if i // PAGE not in attended]
+        if not unread:
+            return out, lse
+        logits = torch.cat([lse.unsqueeze(-1), self._estimates(q)[:, unread]], dim=-1)
+        weights = logits.softmax(-1)
+        return weights[:, :1] * out + weights[:, 1:] @ rest.v[unread], logits.logsumexp(-1)
+
+    def _estimates(self, q: Tensor) -> Tensor:
+        """Logits [group, m] from the sketch; with a rest less what noise adds to the mean of their exponentials."""
+        logits = self.scale * q @ self.estimated_k.T
+        if self.rest is None:
+            return logits
+        rms = (1 - DISTORTION) * self.scales
+        variance = (q / self.rest.weights).pow(2).sum(-1, keepdim=True) * rms.pow(2) * DISTORTION / (1 - DISTORTION)
+        return logits - self.scale**2 * variance / 2
 
     def _looks(self, q: Tensor) -> bool:
         if self.last_q is None:
             return True
         least = min(float(torch.cosine_similarity(a, b, dim=0)) for a, b in zip(q, self.last_q, strict=True))
-        self.margins.rho = min(self.margins.rho, abs(least - self.settings.kv_recall_theta))
-        return least < self.settings.kv_recall_theta
+        self.margins.rho = min(self.margins.rho, abs(least - self.settings.recall_theta))
+        return least < self.settings.recall_theta
 
     def _attend(self, q: Tensor, pages: list[int]) -> tuple[Tensor, Tensor]:
         chosen = [i for page in pages for i in range(page * PAGE, min((page + 1) * PAGE, len(self.k)))]
@@ -111,7 +158,7 @@ class HeadRecall:
     def _wanted(self, q: Tensor, kept_lse: Tensor) -> list[int]:
         """Pages to have, the one of largest share first."""
         settings = self.settings
-        logits = self.scale * q @ self.estimated_k.T
+        logits = self._estimates(q)
         masses = torch.stack([page.logsumexp(-1) for page in logits.split(PAGE, dim=-1)], dim=-1)  # [group, pages]
         everything = torch.logaddexp(kept_lse, masses.logsumexp(-1))
         shares = (masses - everything.unsqueeze(-1)).exp()
@@ -195,3 +242,10 @@ def _code_and_scale(row: Tensor) -> tuple[Tensor, Tensor]:
     code = torch.where(u.abs() > BOUNDARY, OUTER, INNER).to(row.dtype)
     code = torch.where(u < 0, -code, code)
     return code, rms * (u @ u) / (u @ code)
+
+
+def _coded_value(row: Tensor, kind: str) -> Tensor:
+    """What is left of one rotated value [size]: the nearest multiple of its code, by one half-precision factor."""
+    code = torch.where(row < 0, -1.0, 1.0).to(row.dtype) if kind == "v1" else _code_and_scale(row)[0]
+    factor = (row @ code) / (code @ code)
+    return factor.half().to(row.dtype) * code

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 POLICIES = ("snapkv", "h2o", "streaming_llm", "full")
 GATES = ("group", "head", "group_mean")
+RESTS = ("none", "v1", "v2")
+BALANCE_QUERIES = 32
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Settings:
     kv_codec: str = "none"
     kv_read_budget: int | None = None
     kv_recall: str = "all"
-    kv_recall_theta: float = 0.9
+    kv_recall_rest: str = "none"
+    kv_recall_theta: float | None = None
     kv_recall_buffer: int = 0
     kv_recall_eps: float | None = None
     kv_recall_top_p: float | None = None
@@ -42,6 +45,8 @@ class Settings:
             raise ValueError(f"kv_policy must be one of {POLICIES}, got {self.kv_policy!r}")
         if self.kv_gate not in GATES:
             raise ValueError(f"kv_gate must be one of {GATES}, got {self.kv_gate!r}")
+        if self.kv_recall_rest not in RESTS:
+            raise ValueError(f"kv_recall_rest must be one of {RESTS}, got {self.kv_recall_rest!r}")
         if not self.kv_theta1 <= self.kv_theta2:
             raise ValueError(f"kv_theta1 {self.kv_theta1} must not exceed kv_theta2 {self.kv_theta2}")
         if self.kv_calibration_size is not None and self.kv_calibration_size < 0:
@@ -72,10 +77,24 @@ class Settings:
         return min(32, self.budget // 2) if self.kv_sinks is None else self.kv_sinks
 
     @property
+    def has_rest(self) -> bool:
+        """Whether evicted tokens that are not read are attended from their codes."""
+        return self.kv_recall_rest != "none"
+
+    @property
+    def recall_theta(self) -> float:
+        """A head looks when a query's cosine to the one of its last look is below this."""
+        if self.kv_recall_theta is not None:
+            return self.kv_recall_theta
+        return 2.0 if self.has_rest else 0.9
+
+    @property
     def recall_eps(self) -> float:
         """Pages of no larger share are not read."""
         if self.kv_recall_eps is not None:
             return self.kv_recall_eps
+        if self.has_rest:
+            return 0.1
         return 0.05 if self.kv_recall_buffer else 0.02
 
     @property

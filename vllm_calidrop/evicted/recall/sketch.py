@@ -3,6 +3,8 @@
 y = Rot (k - mu), mu the mean of the head's prompt keys; rms = |y| / sqrt(D'); u = y / rms looks like D' numbers of the
 standard normal distribution, so each is coded by that distribution's 4-level Lloyd-Max quantiser; c = rms <u, u> /
 <u, code> makes c <Rot q, code> an unbiased estimate of q . (k - mu). D: head_dim; D': the next power of two.
+
+With a balance w (balance.py) the same is done with w (k - mu) and q / w, whose dot product is that of k - mu and q.
 """
 
 from __future__ import annotations
@@ -18,6 +20,10 @@ LEVELS = (0.4528, 1.5104)
 CHANNELS_PER_BYTE = 4
 WORD_BYTES = 4  # codes are stored in words of 16 channels
 SEED = 0x9E3779B97F4A7C15
+# The quantiser's mean squared error on the standard normal distribution (Max, 1960), and that of the unbiased code,
+# which is the code divided by 1 - LLOYD_MAX_ERROR.
+LLOYD_MAX_ERROR = 0.1175
+UNBIASED_ERROR = LLOYD_MAX_ERROR / (1 - LLOYD_MAX_ERROR)
 
 _MASK = 2**64 - 1
 
@@ -43,33 +49,57 @@ def rotation(head_dim: int) -> Tensor:
     return (hadamard * signs(size) / size**0.5)[:, :head_dim].contiguous()
 
 
-def encode(keys: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
+def encode(keys: Tensor, mu: Tensor, balance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Sketch of keys [H, T, D] around mu [H, D]: codes uint8 [H, T, D' / 4], scales float16 [H, T].
 
-    Two bits per channel, the first channel lowest: bit 0 the level, bit 1 the sign (set: not negative).
+    balance: float32 [H, D], the weights of the channels; None: all weigh the same. Two bits per channel, the first
+    channel lowest: bit 0 the level, bit 1 the sign (set: not negative).
     """
-    rotated = (keys.float() - mu.unsqueeze(1)) @ rotation(keys.shape[-1]).T
+    centred = keys.float() - mu.unsqueeze(1)
+    rotated = (centred if balance is None else centred * balance.unsqueeze(1)) @ rotation(keys.shape[-1]).T
     rms = rotated.square().mean(-1).sqrt()
     u = torch.where(rms.unsqueeze(-1) > 0, rotated / rms.unsqueeze(-1), 0.0)
-    magnitude = u.abs()
-    large = magnitude > THRESHOLD
-    overlap = (magnitude * torch.where(large, LEVELS[1], LEVELS[0])).sum(-1)
+    large, levels = quantised(u)
+    overlap = (u.abs() * levels).sum(-1)
     scales = torch.where(rms > 0, rms * u.square().sum(-1) / overlap, 0.0)
-    bits = large.to(torch.uint8) | (u >= 0).to(torch.uint8) << 1
+    return packed(large, u >= 0), scales.to(torch.float16)
+
+
+def quantised(u: Tensor) -> tuple[Tensor, Tensor]:
+    """Of u [..., D'], normal in each channel: whether the outer level is nearest, bool, and that level's magnitude."""
+    large = u.abs() > THRESHOLD
+    return large, torch.where(large, LEVELS[1], LEVELS[0])
+
+
+def packed(large: Tensor, positive: Tensor) -> Tensor:
+    """Codes uint8 [..., D' / 4] from the two bits of each channel, bool [..., D']."""
+    bits = large.to(torch.uint8) | positive.to(torch.uint8) << 1
     bits = bits.unflatten(-1, (-1, CHANNELS_PER_BYTE))
-    codes = bits[..., 0] | bits[..., 1] << 2 | bits[..., 2] << 4 | bits[..., 3] << 6
-    return codes, scales.to(torch.float16)
+    return bits[..., 0] | bits[..., 1] << 2 | bits[..., 2] << 4 | bits[..., 3] << 6
 
 
-def estimate(query: Tensor, codes: Tensor, scales: Tensor, mu: Tensor) -> Tensor:
+def estimate(query: Tensor, codes: Tensor, scales: Tensor, mu: Tensor, balance: Tensor | None = None) -> Tensor:
     """Estimates of q . k for queries [N, G, D] and sketched keys, codes [N, T, D' / 4], scales [N, T], mu [N, D].
 
-    Returns float32 [N, G, T]; not yet scaled by 1 / sqrt(D).
+    balance: [N, D], what the keys were encoded with. Returns float32 [N, G, T]; not yet scaled by 1 / sqrt(D).
     """
     query = query.float()
-    rotated = query @ rotation(query.shape[-1]).T
-    along_code = torch.matmul(rotated, decoded(codes).transpose(-1, -2))
+    balanced = query if balance is None else query / balance.unsqueeze(1)
+    along_code = torch.matmul(balanced @ rotation(query.shape[-1]).T, decoded(codes).transpose(-1, -2))
     return (query * mu.unsqueeze(1)).sum(-1, keepdim=True) + along_code * scales.float().unsqueeze(1)
+
+
+def inflation(query: Tensor, scales: Tensor, balance: Tensor, scale: float) -> Tensor:
+    """By how much the sketch's noise raises the logarithm of a token's expected weight: float32 [N, G, T], nats.
+
+    A logit s estimated with normal noise of variance v has E exp(s + n) = exp(s + v / 2). The rotated error of w (k -
+    mu) has variance UNBIASED_ERROR rms^2 in each channel, and rms is (1 - LLOYD_MAX_ERROR) c on average, so that v =
+    scale^2 |q / w|^2 UNBIASED_ERROR ((1 - LLOYD_MAX_ERROR) c)^2. Subtract v / 2 from the scaled estimate.
+    query: [N, G, D]; scales: [N, T], the c of each token; balance: [N, D]; scale: what estimates are multiplied by.
+    """
+    length = (query.float() / balance.unsqueeze(1)).square().sum(-1, keepdim=True)
+    rms = (1 - LLOYD_MAX_ERROR) * scales.float().unsqueeze(1)
+    return 0.5 * scale**2 * UNBIASED_ERROR * length * rms.square()
 
 
 def decoded(codes: Tensor) -> Tensor:

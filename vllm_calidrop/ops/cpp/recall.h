@@ -112,7 +112,7 @@ class Recall {
                              kPagesPerBlock,
                              a_.recall.stored[slot_],
                              int(a_.padded_dim / kWordChannels),
-                             {kInnerLevel, kOuterLevel}};
+                             Levels::of_sizes(kInnerLevel, kOuterLevel)};
     s_.shares.look(sketch, query_float_, group_, head_dim_, a_.mu + (slot_ * a_.model.kv_heads + kv_head_) * head_dim_,
                    a_.signs, float(a_.scale), kept_lse_);
     const auto& wanted = s_.wanted.choose(s_.shares, {a_.recall.eps[slot_], a_.recall.top_p[slot_], a_.recall.most[slot_]});
