@@ -48,15 +48,17 @@ class Layers:
 
     def __init__(
         self, model: ModelKV, num_slots: int, swap_blocks: int, layers: int = 1, sketch_blocks: int = 0,
-        buffer_pages: int = 0, max_model_len: int = 16384,
+        buffer_pages: int = 0, max_model_len: int = 16384, rest: str = "none",
     ) -> None:  # fmt: skip
         heads = (model.num_kv_heads, model.head_dim, model.dtype)
         self.model = model
         self.pool = SwapPool(layers, swap_blocks, *heads)
         self.pool.pages.fill_(torch.nan)
-        self.store = RecallStore(layers, num_slots, sketch_blocks, buffer_pages, *heads)
+        self.store = RecallStore(layers, num_slots, sketch_blocks, buffer_pages, *heads, rest)
         self.store.codes.fill_(255)
         self.store.scales.fill_(torch.nan)
+        self.store.value_codes.fill_(255)
+        self.store.value_scales.fill_(torch.nan)
         self.store.buffer.fill_(torch.nan)
         self.table = StateTable(layers, num_slots, model.num_kv_heads, model.group, model.head_dim, model.dtype)
         self.slots = SlotTables(num_slots, max_model_len, model.head_dim, model.dtype, torch.device("cpu"))

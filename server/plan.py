@@ -122,6 +122,8 @@ class Plan:
     beside: dict[str, int]
     swap_bytes: int
     sketch_bytes: int
+    sketch_block_bytes: int
+    sketch_rest: str
     buffer_bytes: int
     needed_full: int
     needed_budget: int
@@ -136,9 +138,14 @@ class Plan:
         return values | {"shape": shape, "load": load, "one": dataclasses.asdict(self.one)}
 
     @property
-    def server_settings(self) -> dict[str, int]:
+    def server_settings(self) -> dict[str, Any]:
         """What to put under `calidrop` in --additional-config so that nothing falls back at this concurrency."""
-        return {"swap_bytes": self.swap_bytes, "sketch_bytes": self.sketch_bytes, "buffer_bytes": self.buffer_bytes}
+        return {
+            "swap_bytes": self.swap_bytes,
+            "sketch_bytes": self.sketch_bytes,
+            "sketch_rest": self.sketch_rest,
+            "buffer_bytes": self.buffer_bytes,
+        }
 
 
 def make_plan(
@@ -161,12 +168,14 @@ def make_plan(
         raise SettingsError(
             "kv_recall: recall by pages is refused on a GPU (docs/gpu.md); say --device cpu", "kv_recall"
         )
+    if "sketch_rest" not in settings.model_fields_set:  # room for what these requests ask for
+        settings = settings.model_copy(update={"sketch_rest": load.settings.kv_recall_rest})
     num_slots = max_num_seqs * concurrent_batches
     block = kv_block_bytes(shape, load.block_size)
     # One sequence more than run: an ended one's ids rest until the steps in flight are done.
     count = load.concurrency + 1 if one.swap_blocks else 0
     swap = _or(settings.swap_bytes, count * one.swap_blocks * swap_block_bytes(shape))
-    sketch = _or(settings.sketch_bytes, count * one.sketch_blocks * sketch_block_bytes(shape))
+    sketch = _or(settings.sketch_bytes, count * one.sketch_blocks * sketch_block_bytes(shape, settings))
     buffer = _or(settings.buffer_bytes, count * one.buffer_pages * buffer_page_bytes(shape))
     given = settings.model_copy(update={"swap_bytes": swap, "sketch_bytes": sketch, "buffer_bytes": buffer})
     beside = beside_the_pools(shape, device, max_num_seqs, num_slots, max_batched, given)
@@ -174,7 +183,7 @@ def make_plan(
     if kv_memory is not None:
         left = kv_memory - sum(beside.values())
         if device == "cpu":
-            left -= swap + recall_pool_bytes(recall_pools(0, None, shape, num_slots, given), shape)
+            left -= swap + recall_pool_bytes(recall_pools(0, None, shape, num_slots, given), shape, given)
         pool_blocks = max(0, left) // block
     others = load.concurrency - 1
     growth = 1 if one.budget_blocks < one.full_blocks else 0
@@ -188,6 +197,8 @@ def make_plan(
         beside=beside,
         swap_bytes=swap,
         sketch_bytes=sketch,
+        sketch_block_bytes=sketch_block_bytes(shape, settings),
+        sketch_rest=settings.sketch_rest,
         buffer_bytes=buffer,
         needed_full=(load.concurrency * one.full_blocks + 1) * block,
         needed_budget=(needed + 1) * block,

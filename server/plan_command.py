@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vllm_calidrop.memory import ModelShape, buffer_page_bytes, sketch_block_bytes, swap_block_bytes
+from vllm_calidrop.memory import ModelShape, buffer_page_bytes, swap_block_bytes
 from vllm_calidrop.settings.request import SettingsError
 from vllm_calidrop.settings.server import ServerSettings, resolve_request
 
@@ -69,7 +69,7 @@ def render(plan: Plan, ranks: int) -> str:
         ("  full KV", f"{_size(full)}  ({one.full_blocks} blocks of {load.block_size} tokens)"),
         ("  with the budget", f"{_size(budget)}  ({one.budget_blocks} blocks)"),
         ("  swap, host", f"{_size(one.swap_blocks * swap_block_bytes(shape))}  ({one.swap_blocks} swap blocks)"),
-        ("  sketch", _size(one.sketch_blocks * sketch_block_bytes(shape))),
+        ("  sketch", f"{_size(one.sketch_blocks * plan.sketch_block_bytes)}  (coded values: {plan.sketch_rest})"),
         ("  page buffer", _size(one.buffer_pages * buffer_page_bytes(shape))),
         (f"For {load.concurrency} at once", ""),
         ("  KV pool, full KV", _size(plan.needed_full)),

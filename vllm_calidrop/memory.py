@@ -21,7 +21,7 @@ from vllm_calidrop.settings.server import ServerSettings
 SWAP_PER_KV = 2
 SWAP_OF_FREE_HOST = 0.5
 # And of recall by pages, on the device: sketches and page buffers, as parts of the KV pool.
-SKETCH_PER_KV = 1 / 16
+SKETCH_PER_KV = {"none": 1 / 16, "v1": 3 / 32, "v2": 1 / 8}  # by sketch_rest
 BUFFER_PER_KV = 1 / 32
 
 
@@ -61,12 +61,14 @@ def num_state_slots(vllm_config: Any) -> int:
 class PoolSizes:
     """So much of each pool of one rank: swap blocks on the host; sketch blocks and buffer pages (recall) on the device.
 
-    Of a whole pool, of what is free, or of what one sequence needs.
+    Of a whole pool, of what is free, or of what one sequence needs. sketch_rest: of whole pools, the richest
+    `kv_recall_rest` whose coded values the sketch blocks have room for.
     """
 
     swap_blocks: int
     sketch_blocks: int
     buffer_pages: int
+    sketch_rest: str = "none"
 
     def fit_into(self, others: PoolSizes) -> bool:
         return (
@@ -99,9 +101,13 @@ def footprint(shape: ModelShape, num_slots: int, settings: ServerSettings) -> Fo
     # Logits and their softmax for one tile of queries.
     scores = 2 * shape.num_query_heads * QUERY_TILE * tokens * 4
     encode = encode_bytes(shape)
-    # The evicted keys centred, rotated, normalised and as magnitudes, in fp32, when they are sketched.
-    sketch = shape.num_kv_heads * tokens * padded_dim(shape.head_dim) * 4 * 4
-    recall = num_slots * RecallStore.slot_bytes(shape.num_layers, shape.num_kv_heads, shape.head_dim)
+    # The evicted keys centred, rotated, normalised and as magnitudes, in fp32, when they are sketched; of values also
+    # the codes of each channel and the words they are put together to, as int64.
+    per_channel = 4 * 4 + (3 * 8 if settings.sketch_rest != "none" else 0)
+    sketch = shape.num_kv_heads * tokens * padded_dim(shape.head_dim) * per_channel
+    recall = num_slots * RecallStore.slot_bytes(
+        shape.num_layers, shape.num_kv_heads, shape.head_dim, settings.sketch_rest
+    )
     return Footprint(num_slots * slot, recall, settings.prefill_state_bytes, kv + scores + sketch + encode)
 
 
@@ -131,8 +137,8 @@ def swap_block_bytes(shape: ModelShape) -> int:
     return SwapPool.block_bytes(shape.num_layers, shape.num_kv_heads, shape.head_dim, shape.dtype)
 
 
-def sketch_block_bytes(shape: ModelShape) -> int:
-    return RecallStore.sketch_block_bytes(shape.num_layers, shape.num_kv_heads, shape.head_dim)
+def sketch_block_bytes(shape: ModelShape, settings: ServerSettings) -> int:
+    return RecallStore.sketch_block_bytes(shape.num_layers, shape.num_kv_heads, shape.head_dim, settings.sketch_rest)
 
 
 def buffer_page_bytes(shape: ModelShape) -> int:
@@ -148,18 +154,18 @@ def recall_pools(
     """
     sketch = settings.sketch_bytes
     if sketch is None:
-        sketch = int(SKETCH_PER_KV * kv_pool_bytes)
+        sketch = int(SKETCH_PER_KV[settings.sketch_rest] * kv_pool_bytes)
         if swap_blocks is not None:
             most = swap_blocks_for(swap_blocks * densest_block(shape))
-            sketch = min(sketch, most * sketch_block_bytes(shape))
+            sketch = min(sketch, most * sketch_block_bytes(shape, settings))
     buffer = settings.buffer_bytes
     if buffer is None:
         buffer = min(int(BUFFER_PER_KV * kv_pool_bytes), num_slots * DEFAULT_PAGES * buffer_page_bytes(shape))
-    return sketch // sketch_block_bytes(shape), buffer // buffer_page_bytes(shape)
+    return sketch // sketch_block_bytes(shape, settings), buffer // buffer_page_bytes(shape)
 
 
-def recall_pool_bytes(pools: tuple[int, int], shape: ModelShape) -> int:
-    return pools[0] * sketch_block_bytes(shape) + pools[1] * buffer_page_bytes(shape)
+def recall_pool_bytes(pools: tuple[int, int], shape: ModelShape, settings: ServerSettings) -> int:
+    return pools[0] * sketch_block_bytes(shape, settings) + pools[1] * buffer_page_bytes(shape)
 
 
 def default_swap_bytes(kv_pool_bytes: int, free_host_bytes: int) -> int:

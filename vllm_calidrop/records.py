@@ -28,7 +28,8 @@ class RecallRecord:
     """How one sequence recalls pages, and what it holds for that on the device (vllm_calidrop/evicted/recall).
 
     theta: the look gate. top_p: None for the top-k choice. most: pages of one look. sketch_blocks: as many as swap
-    blocks; buffer_ids: one per place of its page buffer, each for every layer and KV head.
+    blocks; buffer_ids: one per place of its page buffer, each for every layer and KV head. rest: how values are coded
+    that unread tokens are attended with; none: those tokens are ignored.
     """
 
     theta: float
@@ -37,6 +38,7 @@ class RecallRecord:
     most: int
     sketch_blocks: tuple[int, ...]
     buffer_ids: tuple[int, ...]
+    rest: str = "none"
 
 
 @dataclass(frozen=True)

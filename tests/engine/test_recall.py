@@ -27,6 +27,9 @@ RECALL: tuple[dict[str, Any], ...] = (
     {"kv_recall_buffer": 2, "kv_recall_eps": 0.01, "kv_recall_theta": 0.6},
     {"kv_recall_theta": -2.0},
     {"kv_recall_buffer": 7, "kv_recall_theta": -2.0},
+    {"kv_recall_rest": "v2"},
+    {"kv_recall_rest": "v1", "kv_recall_buffer": 3, "kv_recall_eps": 0.02},
+    {"kv_recall_rest": "v2", "kv_recall_theta": 0.9, "kv_recall_top_p": 0.5},
 )
 
 
@@ -87,7 +90,14 @@ def test_calibration_size_and_short_pages(
     assert differs.count(None) >= 0.75 * len(asks), differs
 
 
-@pytest.mark.parametrize("choice", [{"kv_recall_eps": 0.0, "kv_recall_pages": 1000}, {"kv_recall_top_p": 1.0}])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"kv_recall_eps": 0.0, "kv_recall_pages": 1000},
+        {"kv_recall_top_p": 1.0},
+        {"kv_recall_eps": 0.0, "kv_recall_rest": "v1"},
+    ],
+)
 @pytest.mark.parametrize("buffer", [0, 64])
 def test_every_page_at_every_step_equals_full_kv(
     choice: dict[str, Any], buffer: int, engine_named: Callable[[str], Engine], reference: CachedReference
@@ -119,12 +129,13 @@ def test_bytes_are_those_of_whole_pages(engine_named: Callable[[str], Engine]) -
 
 
 def test_prefix_hits(engine_named: Callable[[str], Engine], reference: CachedReference) -> None:
-    """The mean of the prompt's keys and the sketch come from blocks that another request filled."""
+    """The mean of the prompt's keys and the sketch come from blocks that another request filled; the queries that
+    balance it are computed again."""
     engine = engine_named("block32-whole")
     prompt = prompt_of(900, seed=902)
     engine.ask([Ask(prompt, 4)])
-    for policy in ("snapkv", "streaming_llm"):
-        ask = Ask(prompt, 16, {"kv_policy": policy, "kv_budget": 64, **PAGES})
+    for policy, rest in (("snapkv", "none"), ("streaming_llm", "none"), ("streaming_llm", "v2")):
+        ask = Ask(prompt, 16, {"kv_policy": policy, "kv_budget": 64, "kv_recall_rest": rest, **PAGES})
         answer = engine.ask([ask])[0]
         assert answer.cached_tokens > 0
         assert_equal_to_reference([ask], [answer], [reference(ask)])

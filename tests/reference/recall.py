@@ -245,7 +245,9 @@ def _code_and_scale(row: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _coded_value(row: Tensor, kind: str) -> Tensor:
-    """What is left of one rotated value [size]: the nearest multiple of its code, by one half-precision factor."""
-    code = torch.where(row < 0, -1.0, 1.0).to(row.dtype) if kind == "v1" else _code_and_scale(row)[0]
-    factor = (row @ code) / (code @ code)
+    """What the code of one rotated value [size] stands for."""
+    if kind == "v2":
+        code, factor = _code_and_scale(row)
+    else:
+        code, factor = torch.where(row < 0, -1.0, 1.0).to(row.dtype), row.abs().mean()
     return factor.half().to(row.dtype) * code

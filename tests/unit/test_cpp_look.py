@@ -124,10 +124,10 @@ def test_without_vector_instructions(baseline: Any, bits: int) -> None:
 def test_negligible_pages_give_their_weight_to_the_mean_value(operator: Any, bits: int) -> None:
     """C++ leaves the same pages out as torch, and the error is bounded by the shares that were left out."""
     case = Case(900, 2, 64, bits, spread=4.0)
-    compare(operator, case, [1], negligible=2.0**-9)
+    compare(operator, case, [1], negligible=0.4)
     shares, exact = case.in_torch(torch.tensor([1]), 0.0)
-    state = case.in_torch(torch.tensor([1]), 2.0**-9)[1]
-    small = shares.amax(0) < 2.0**-9
+    state = case.in_torch(torch.tensor([1]), 0.4)[1]
+    small = shares.amax(0) * shares.shape[1] < 0.4
     small[1] = False
     assert 5 < small.sum() < 50 and not torch.equal(state.out, exact.out)
     assert torch.equal(state.lse, exact.lse)

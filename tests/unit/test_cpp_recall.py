@@ -15,7 +15,7 @@ from benchmarks.operators import Layers, filled_cache, rows_of, sequence
 from vllm_calidrop.algorithm.calibration import AttentionState, attention_state, cosine, merge_states
 from vllm_calidrop.evicted.layout import pages_for, swap_blocks_for
 from vllm_calidrop.evicted.recall.looks import page_shares
-from vllm_calidrop.evicted.recall.sketch import estimate
+from vllm_calidrop.evicted.recall.sketch import estimate, inflation
 from vllm_calidrop.ops.base import ModelKV, OperatorSet
 from vllm_calidrop.ops.cpp import CppSet, build, library
 from vllm_calidrop.ops.reference import ReferenceSet
@@ -29,23 +29,33 @@ LAYERS, LAYER, SCALE, KEPT = 2, 1, 0.25, 40
 NEAR = 2e-5  # relative: nearer shares are not told apart by two ways to add up
 ROUNDING = {torch.float32: 0.0, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # of outputs in the model's dtype
 
-How = tuple[float, float, float | None, int, int]  # theta, eps, top_p, most, buffer places
+How = tuple[float, float, float | None, int, int, str]  # theta, eps, top_p, most, buffer places, rest
 HOW: tuple[How, ...] = (
-    (0.9, 0.02, None, 4, 0),
-    (0.9, 0.05, None, 4, 4),
-    (0.5, 0.0, None, 1000, 0),
-    (2.0, 0.001, None, 3, 2),
-    (2.0, 0.0, 0.9, 64, 0),
-    (0.8, 0.0, 0.7, 5, 7),
-    (2.0, 0.0, 1.0, 1000, 64),
-    (-2.0, 0.95, None, 2, 1),
+    (0.9, 0.02, None, 4, 0, "none"),
+    (0.9, 0.05, None, 4, 4, "none"),
+    (0.5, 0.0, None, 1000, 0, "none"),
+    (2.0, 0.001, None, 3, 2, "none"),
+    (2.0, 0.0, 0.9, 64, 0, "none"),
+    (0.8, 0.0, 0.7, 5, 7, "none"),
+    (2.0, 0.0, 1.0, 1000, 64, "none"),
+    (-2.0, 0.95, None, 2, 1, "none"),
+)
+HOW_WITH_REST: tuple[How, ...] = (
+    (2.0, 0.1, None, 4, 0, "v2"),
+    (2.0, 0.02, None, 4, 4, "v2"),
+    (2.0, 1.0, None, 4, 0, "v1"),
+    (0.8, 0.05, None, 3, 2, "v1"),
+    (0.8, 0.001, None, 5, 0, "v2"),
+    (2.0, 0.0, 0.7, 5, 7, "v2"),
+    (2.0, 0.0, None, 1000, 64, "v1"),
+    (0.9, 0.05, None, 4, 4, "none"),
 )
 STORED = (1, 16, 17, 100, 128, 129, 700, 1311)
 
 
 def recall_of(row: int, blocks: list[int], buffer_ids: list[int]) -> RecallRecord:
-    theta, eps, top_p, most, _ = HOW[row % len(HOW)]
-    return RecallRecord(theta, eps, top_p, most, tuple(blocks), tuple(buffer_ids))
+    theta, eps, top_p, most, _, rest = HOW[row % len(HOW)]
+    return RecallRecord(theta, eps, top_p, most, tuple(blocks), tuple(buffer_ids), rest)
 
 
 class Case:
@@ -56,15 +66,15 @@ class Case:
         count = 2 * len(HOW)
         stored = [STORED[(row + row // len(HOW)) % len(STORED)] for row in range(count)]
         total = sum(map(swap_blocks_for, stored))
-        blocks, places = torch.randperm(total).tolist(), torch.randperm(sum(how[-1] for how in HOW) * 2).tolist()
+        blocks, places = torch.randperm(total).tolist(), torch.randperm(sum(how[4] for how in HOW) * 2).tolist()
         slots = torch.randperm(count + 5)[: count + 2].tolist()
         self.model = ModelKV(dtype, kv_heads, group, head_dim, 16, "vec16")
-        self.layers = Layers(self.model, count + 5, total, LAYERS, total, len(places), 2048)
+        self.layers = Layers(self.model, count + 5, total, LAYERS, total, len(places), 2048, "v2")
         pool, store = self.layers.pool, self.layers.store
         for row in range(count + 2):
             tokens = stored[row] if row < count else 0
             mine = [blocks.pop() for _ in range(swap_blocks_for(tokens))]
-            buffer_ids = [places.pop() for _ in range(HOW[row % len(HOW)][-1])] if tokens else []
+            buffer_ids = [places.pop() for _ in range(HOW[row % len(HOW)][4])] if tokens else []
             recall = recall_of(row, mine, buffer_ids) if tokens else None
             record = sequence(slots[row], 3, tokens, tuple(mine[::-1]), recall=recall)
             self.layers.admit(record)
@@ -73,7 +83,9 @@ class Case:
             keys, values = torch.randn((2, kv_heads, tokens, head_dim))
             keys = (1.5 * keys + torch.randn((kv_heads, 1, head_dim))).to(dtype)
             pool.write(LAYER, record.swap_blocks, keys, values.to(dtype))
-            store.put_sketch(LAYER, record, keys, keys)
+            store.put_sketch(LAYER, record, keys, keys, torch.randn((32, kv_heads * group, head_dim)))
+            if recall is not None and recall.rest != "none":
+                store.put_values(LAYER, record, values.to(dtype), values.to(dtype))
         if refused:  # the codec found NaN in what this row's first KV head evicted
             store.refuse(LAYER, slots[3], torch.arange(kv_heads) == 0)
             refuse_heads(self.layers.table.layers[LAYER], slots[3], torch.arange(kv_heads) == 0)
@@ -118,8 +130,10 @@ def ties(case: Case) -> Tensor:
     for i in range(len(found)):
         stored = int(rows.stored[i])
         blocks = rows.sketch_blocks[i, : swap_blocks_for(stored)].expand(kv_heads, -1)
-        sketch = case.layers.store.sketch(LAYER, slots[i].expand(kv_heads), blocks, every_head)
-        logits = estimate(grouped[i], *sketch) * SCALE
+        rest = rows.rest[i].expand(kv_heads)
+        sketch = case.layers.store.sketch(LAYER, slots[i].expand(kv_heads), blocks, every_head, rest)
+        noise = inflation(grouped[i], sketch.scales, sketch.balance, SCALE) if rest[0] else 0.0
+        logits = estimate(grouped[i], *sketch) * SCALE - noise
         shares = page_shares(logits, rows.stored[i].expand(kv_heads), kept_lse[i])[..., : pages_for(stored)]
         share, order = shares.amax(1).sort(descending=True)
         unread = shares.gather(-1, order.unsqueeze(1).expand_as(shares)).flip(-1).cumsum(-1).amax(1)
@@ -174,8 +188,24 @@ def compare(case: Case, steps: int = 4) -> None:
     assert tied <= 0.1 * steps * len(case.slots), tied
 
 
+@pytest.mark.parametrize(
+    ("dtype", "group", "head_dim"), [(torch.float32, 7, 64), (torch.bfloat16, 2, 80), (torch.float32, 1, 128)]
+)
+def test_equals_the_reference_with_a_rest(
+    dtype: torch.dtype, group: int, head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{__name__}.HOW", HOW_WITH_REST)
+    compare(Case(dtype, group, head_dim))
+
+
 @pytest.mark.parametrize("operators", [ReferenceSet, CppSet])
-@pytest.mark.parametrize("how", [(2.0, 0.0, None, 1000, 0), (2.0, 0.0, None, 1000, 64), (2.0, 0.0, 1.0, 1000, 3)])
+@pytest.mark.parametrize(
+    "how",
+    [
+        (2.0, 0.0, None, 1000, 0, "none"), (2.0, 0.0, None, 1000, 64, "none"), (2.0, 0.0, 1.0, 1000, 3, "none"),
+        (2.0, 0.0, None, 1000, 0, "v1"), (2.0, 0.0, None, 1000, 64, "v2"),
+    ],
+)  # fmt: skip
 def test_every_page_at_every_step_is_full_attention(
     operators: type[OperatorSet], how: How, monkeypatch: pytest.MonkeyPatch
 ) -> None:

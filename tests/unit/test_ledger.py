@@ -262,6 +262,13 @@ def test_cancel_gives_everything_back_and_tells_nobody() -> None:
         ({"kv_budget": 48, "kv_window": 48}, 944),  # not the window: 952 in whole blocks
         ({"kv_budget": 48, "kv_window": 48, "kv_policy": "streaming_llm"}, 944),
         ({"kv_budget": 100, "kv_policy": "h2o"}, 0),
+        ({"kv_budget": 8, "kv_policy": "streaming_llm"}, 960),
+        (
+            {"kv_budget": 8, "kv_policy": "streaming_llm", **PAGES, "kv_recall_rest": "v2"},
+            960,
+        ),  # 968: before the last 32
+        ({"kv_budget": 8, "kv_window": 8, **PAGES, "kv_recall_rest": "v1"}, 960),
+        ({"kv_budget": 8, "kv_window": 8, "kv_calibration": False, **PAGES, "kv_recall_rest": "v1"}, 960),
     ],
 )
 def test_allowed_hit(asked: dict[str, Any], allowed: int) -> None:

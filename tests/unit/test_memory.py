@@ -90,11 +90,15 @@ def test_swap_pool_is_counted_to_the_byte(
 def test_recall_is_counted_to_the_byte(
     layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype, count: int
 ) -> None:
-    store = RecallStore(layers, 7, count, 2 * count, kv_heads, head_dim, dtype)
     shape = make_shape(layers, kv_heads, head_dim=head_dim, dtype=dtype)
-    assert count * sketch_block_bytes(shape) == bytes_of(store.codes, store.scales)
-    assert 2 * count * buffer_page_bytes(shape) == bytes_of(store.buffer, store.held, store.rank)
-    assert footprint(shape, 7, ServerSettings()).recall == bytes_of(store.mu, store.looked)
+    for rest in RESTS:
+        settings = ServerSettings(sketch_rest=rest)
+        store = RecallStore(layers, 7, count, 2 * count, kv_heads, head_dim, dtype, rest)
+        coded = (store.codes, store.scales, store.value_codes, store.value_scales)
+        assert count * sketch_block_bytes(shape, settings) == bytes_of(*coded)
+        assert 2 * count * buffer_page_bytes(shape) == bytes_of(store.buffer, store.held, store.rank)
+        vectors = (store.mu, store.value_mu, store.balance)
+        assert footprint(shape, 7, settings).recall == bytes_of(*vectors, store.looked)
 
 
 def test_footprint_is_the_sum_of_its_parts() -> None:
@@ -306,21 +310,21 @@ def test_recall_comes_out_of_the_kv_pool(free_memory: Callable[[int], None]) -> 
     without = Engine(swap_bytes=0)
     rest = 10 * GIB - without.ours
     given = Engine(swap_bytes=0, sketch_bytes=GIB, buffer_bytes=GIB)
-    shape, block, page = given.shape, sketch_block_bytes(given.shape), buffer_page_bytes(given.shape)
+    shape, block, page = given.shape, sketch_block_bytes(given.shape, ServerSettings()), buffer_page_bytes(given.shape)
     blocks, pages = GIB // block, GIB // page
     assert leave_room(given.config, given.worker, 10 * GIB) == rest - blocks * block - pages * page
-    assert size_pools(given.config, given.kv_cache_config(1000)) == PoolSizes(0, blocks, pages)
+    assert size_pools(given.config, given.kv_cache_config(1000)) == PoolSizes(0, blocks, pages, "v2")
     default = Engine(sketch_bytes=None, buffer_bytes=None)
     config = default.kv_cache_config(1000)
     kv_pool = 1000 * 32 * 2 * 2 * 64 * 4 * 3
     pools = size_pools(default.config, config)
-    assert pools.sketch_blocks == kv_pool // 16 // block
+    assert pools.sketch_blocks == kv_pool // 8 // block
     assert pools.buffer_pages == min(kv_pool // 32 // page, 32 * 4)
     assert leave_room(default.config, default.worker, 10 * GIB) < rest / 3
     few = Engine(sketch_bytes=None, swap_bytes=3 * swap_block_bytes(shape))
     most = swap_blocks_for(3 * densest_block(shape))
-    assert kv_pool // 16 // block > most > 3
-    assert size_pools(few.config, config) == PoolSizes(3, most, 0)
+    assert kv_pool // 8 // block > most > 3
+    assert size_pools(few.config, config) == PoolSizes(3, most, 0, "v2")
 
 
 def test_swap_pool_in_whole_blocks(free_memory: Callable[[int], None]) -> None:
@@ -329,7 +333,7 @@ def test_swap_pool_in_whole_blocks(free_memory: Callable[[int], None]) -> None:
     assert block == 3 * 2 * SWAP_BLOCK_TOKENS * 2 * 64 * 4
     for swap, blocks in [(0, 0), (block - 1, 0), (block, 1), (10 * block - 1, 9)]:
         engine = Engine(swap_bytes=swap)
-        assert size_pools(engine.config, engine.kv_cache_config(1000)) == PoolSizes(blocks, 0, 0)
+        assert size_pools(engine.config, engine.kv_cache_config(1000)) == PoolSizes(blocks, 0, 0, "v2")
 
 
 def test_swap_pool_by_default(free_memory: Callable[[int], None]) -> None:

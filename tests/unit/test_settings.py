@@ -34,6 +34,7 @@ TABLE: dict[str, Any] = {
     "kv_pool_kernel": 5,
     "kv_sinks": 32,
     "kv_recall": "all",
+    "kv_recall_rest": "none",
     "kv_recall_theta": 0.9,
     "kv_recall_buffer": 0,
     "kv_recall_eps": 0.02,

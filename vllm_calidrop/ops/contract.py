@@ -69,8 +69,9 @@ class Recall(NamedTuple):
 
     stored: int32 [S], evicted tokens per KV head in the swap pool that are recalled by pages; 0: this one does not.
     theta, eps, top_p: float32 [S], the look gate, the smallest share of a wanted page, and the share to be covered
-    (NaN: by number alone). most, buffer_size: int32 [S], pages of a look and places of the page buffer. sketch_blocks:
-    int32 [S, W], buffer_ids: int32 [S, B], both with stride(1) == 1.
+    (NaN: by number alone). most, buffer_size: int32 [S], pages of a look and places of the page buffer. rest: int32
+    [S], bits per channel of the coded values that unread tokens are attended with; 0: those tokens are ignored.
+    sketch_blocks: int32 [S, W], buffer_ids: int32 [S, B], both with stride(1) == 1.
     """
 
     stored: Tensor
@@ -79,6 +80,7 @@ class Recall(NamedTuple):
     top_p: Tensor
     most: Tensor
     buffer_size: Tensor
+    rest: Tensor
     sketch_blocks: Tensor
     buffer_ids: Tensor
 

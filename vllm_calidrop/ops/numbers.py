@@ -9,7 +9,8 @@ from vllm_calidrop.algorithm.calibration import Gate
 from vllm_calidrop.evicted.codecs.layout import Layout
 from vllm_calidrop.evicted.layout import MAX_BUFFER, PAGE_TOKENS, PAGES_PER_BLOCK, SWAP_BLOCK_TOKENS
 from vllm_calidrop.evicted.recall.buffer import EMPTY, OLDEST
-from vllm_calidrop.evicted.recall.sketch import CHANNELS_PER_BYTE, LEVELS, WORD_BYTES
+from vllm_calidrop.evicted.recall.rest import NEGLIGIBLE
+from vllm_calidrop.evicted.recall.sketch import CHANNELS_PER_BYTE, LEVELS, LLOYD_MAX_ERROR, UNBIASED_ERROR, WORD_BYTES
 from vllm_calidrop.ops.contract import NO_BUDGET
 from vllm_calidrop.records import COUNTERS
 
@@ -41,6 +42,9 @@ def header() -> str:
         f"enum CounterColumn {{ {counters} }};",
         *(f"constexpr int k{name} = {value};" for name, value in sizes.items()),
         f"constexpr float kInnerLevel = {LEVELS[0]}f, kOuterLevel = {LEVELS[1]}f;",
+        "// Of the error of a balanced query's product with a sketched key, per |query|^2 and squared scale.",
+        f"constexpr float kErrorVariance = {UNBIASED_ERROR * (1 - LLOYD_MAX_ERROR) ** 2}f;",
+        f"constexpr float kNegligible = {NEGLIGIBLE}f;",
         "// One codec's layout, by the names of evicted/codecs/layout.py::Layout.",
         f"struct CodecLayout {{ int32_t {', '.join(Layout._fields)}; }};",
         "}  // namespace calidrop",

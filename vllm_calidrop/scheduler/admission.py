@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from vllm_calidrop.algorithm.placement import first_kept_block, view_start
 from vllm_calidrop.algorithm.policies import POLICIES
 from vllm_calidrop.evicted.layout import swap_blocks_for
+from vllm_calidrop.evicted.recall.balance import balance_queries
 from vllm_calidrop.memory import PoolSizes
 from vllm_calidrop.scheduler.shape import Shape
 from vllm_calidrop.settings.request import RequestSettings
@@ -104,18 +105,21 @@ def freed_blocks(settings: RequestSettings | None, prompt_len: int, shape: Shape
 
 
 def prefill_bytes(settings: RequestSettings | None, prompt_len: int, shape: Shape) -> int:
-    """What a worker holds for the policy until the prompt is complete."""
+    """What a worker holds for the policy and for the balance of recall until the prompt is complete."""
     if settings is None or not evicts(settings, prompt_len):
         return 0
-    return POLICIES[settings.kv_policy].prefill_bytes(shape, settings.kv_window, prompt_len)
+    policy, for_balance = POLICIES[settings.kv_policy], balance_queries(settings.rest, prompt_len)
+    return policy.prefill_bytes(shape, settings.kv_window, prompt_len, for_balance)
 
 
 def allowed_hit(settings: RequestSettings | None, prompt_len: int, hit_tokens: int, shape: Shape) -> int:
     """How much of a prefix-cache hit may be used, in tokens."""
     if settings is None or settings.kv_budget is None or not evicts(settings, prompt_len):
         return hit_tokens
-    policy = POLICIES[settings.kv_policy]
-    return policy.allowed_hit(hit_tokens, prompt_len, settings.kv_budget, settings.kv_window, shape.block_size)
+    policy, for_balance = POLICIES[settings.kv_policy], balance_queries(settings.rest, prompt_len)
+    return policy.allowed_hit(
+        hit_tokens, prompt_len, settings.kv_budget, settings.kv_window, shape.block_size, for_balance
+    )
 
 
 def _tokens_to_store(settings: RequestSettings, evicted: int) -> int:

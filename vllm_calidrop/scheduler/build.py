@@ -83,10 +83,10 @@ def size_pools(vllm_config: Any, kv_cache_config: Any) -> PoolSizes:
         ours.state_table / 2**20,
         ours.prefill_state / 2**20,
         ours.scratch / 2**20,
-        sketch_blocks * sketch_block_bytes(shape) / 2**20,
+        sketch_blocks * sketch_block_bytes(shape, settings) / 2**20,
         sketch_blocks,
         buffer_pages * buffer_page_bytes(shape) / 2**20,
         buffer_pages,
         ours.recall / 2**20,
     )
-    return PoolSizes(blocks, sketch_blocks, buffer_pages)
+    return PoolSizes(blocks, sketch_blocks, buffer_pages, settings.sketch_rest)

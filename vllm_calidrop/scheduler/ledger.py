@@ -172,6 +172,7 @@ def _record(
         most=settings.kv_recall_pages,
         sketch_blocks=held.sketch_blocks,
         buffer_ids=held.buffer_pages,
+        rest=settings.kv_recall_rest,
     )
     return SequenceRecord(
         request_id=request.request_id,

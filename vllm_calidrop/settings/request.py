@@ -29,13 +29,16 @@ from vllm_calidrop.evicted.layout import MAX_BUFFER
 Gate = Literal["group", "head", "group_mean"]
 OnFull = Literal["full", "evict", "wait", "reject"]
 Recall = Literal["all", "pages"]
+Rest = Literal["none", "v1", "v2"]
 
 DEFAULT_WINDOW = 32
 DEFAULT_SINKS = 32
 DEFAULT_THETA2 = 0.85
-# Recall by pages: most pages of a look without and with kv_recall_top_p, eps without and with a buffer.
+# Recall by pages: most pages of a look without and with kv_recall_top_p; eps without and with a buffer, and with a
+# rest; the look gate without and with a rest, with which every step looks.
 DEFAULT_PAGES, DEFAULT_PAGES_TOP_P = 4, 64
-DEFAULT_EPS, DEFAULT_EPS_BUFFER = 0.02, 0.05
+DEFAULT_EPS, DEFAULT_EPS_BUFFER, DEFAULT_EPS_REST = 0.02, 0.05, 0.1
+DEFAULT_LOOK_THETA, DEFAULT_LOOK_THETA_REST = 0.9, 2.0
 MAX_COUNT = 2**31 - 1  # what the int32 buffers of the workers hold
 MAX_BYTES = 2**62
 
@@ -91,7 +94,17 @@ def _theta2_by_theta1(data: dict[str, Any]) -> float:
     return max(DEFAULT_THETA2, data.get("kv_theta1", DEFAULT_THETA2))
 
 
-def _eps_by_buffer(data: dict[str, Any]) -> float:
+def _has_rest(data: dict[str, Any]) -> bool:
+    return data.get("kv_recall_rest", "none") != "none"
+
+
+def _look_theta_by_rest(data: dict[str, Any]) -> float:
+    return DEFAULT_LOOK_THETA_REST if _has_rest(data) else DEFAULT_LOOK_THETA
+
+
+def _eps_by_rest_and_buffer(data: dict[str, Any]) -> float:
+    if _has_rest(data):
+        return DEFAULT_EPS_REST
     return DEFAULT_EPS_BUFFER if data.get("kv_recall_buffer") else DEFAULT_EPS
 
 
@@ -209,16 +222,23 @@ class RequestSettings(BaseModel):
         default="all",
         description="What is read again: all evicted KV of a head, or only the 16-token pages its sketch says matter.",
     )
+    kv_recall_rest: Rest = Field(
+        default="none",
+        description="Recall by pages: evicted tokens that are not read are ignored (none), or attended from coded keys "
+        "and values on the device, of 1 (v1) or 2 bits (v2) per channel of a value.",
+    )
     kv_recall_theta: Threshold = Field(
-        default=0.9, description="Recall by pages: below this similarity the sketch is looked at again."
+        default_factory=_look_theta_by_rest,
+        description="Recall by pages: below this similarity the sketch is looked at again. Default: 0.9, or 2 (at "
+        "every step) with a rest.",
     )
     kv_recall_buffer: Annotated[Count, Field(le=MAX_BUFFER)] = Field(
         default=0, description="Recall by pages: recalled pages kept per KV head, merged at every step."
     )
     kv_recall_eps: Share = Field(
-        default_factory=_eps_by_buffer,
-        description="Recall by pages: pages of less than this share of the attention are not read. Default: 0.02, or "
-        "0.05 with a buffer.",
+        default_factory=_eps_by_rest_and_buffer,
+        description="Recall by pages: pages of less than this share of the attention are not read. Default: 0.02, 0.05 "
+        "with a buffer, 0.1 with a rest.",
     )
     kv_recall_top_p: PositiveShare | None = Field(
         default=None,
@@ -238,6 +258,11 @@ class RequestSettings(BaseModel):
     def calibrates(self) -> bool:
         """Whether evicted KV goes to the host and is accounted for."""
         return self.compresses and self.kv_calibration and self.kv_calibration_size != 0
+
+    @property
+    def rest(self) -> str:
+        """How the values of unread evicted tokens are coded: `kv_recall_rest` where pages are recalled at all."""
+        return self.kv_recall_rest if self.calibrates and self.kv_recall == "pages" else "none"
 
     def to_record(self) -> dict[str, Any]:
         """The plain dict that travels to the engine as `extra_args[RECORD_KEY]`."""

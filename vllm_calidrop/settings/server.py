@@ -15,6 +15,7 @@ from vllm_calidrop.settings.request import (
     OnFull,
     PositiveCount,
     RequestSettings,
+    Rest,
     SettingsError,
     Threshold,
     is_ours,
@@ -23,13 +24,16 @@ from vllm_calidrop.settings.request import (
 )
 
 CONFIG_KEY = "calidrop"  # in --additional-config
+RESTS = get_args(Rest)  # from the least memory to the most
 
 
 class ServerSettings(BaseModel):
     """The operator's settings: limits of the server, and defaults for the requests that do not say otherwise.
 
     min_, max_budget: of the budgets that requests give; allow_full: whether they may keep full KV. min_, max_theta: of
-    both thresholds. on_full: the values of `kv_on_full` they may ask for, null: all. Defaults are held to all of it.
+    both thresholds. on_full: the values of `kv_on_full` they may ask for, null: all. sketch_rest: the richest
+    `kv_recall_rest` they may ask for, because sketch blocks have room for its coded values. Defaults are held to all of
+    it.
 
     Given as `--additional-config '{"calidrop": {"swap_bytes": ..., "kv_budget": ..., ...}}'`: one flat object.
     """
@@ -38,6 +42,7 @@ class ServerSettings(BaseModel):
 
     swap_bytes: Annotated[int, Field(ge=0)] | None = None
     sketch_bytes: Annotated[int, Field(ge=0)] | None = None
+    sketch_rest: Rest = "v2"
     buffer_bytes: Annotated[int, Field(ge=0)] | None = None
     prefill_state_bytes: Annotated[int, Field(ge=0)] = 256 * 2**20
     min_budget: PositiveCount | None = None
@@ -82,6 +87,7 @@ class ServerSettings(BaseModel):
             "max_theta": self.max_theta,
             "on_full": self.on_full or list(get_args(OnFull)),
             "allow_full": self.allow_full,
+            "recall_rest": self.sketch_rest,
         }
 
     def check(self, request: RequestSettings) -> None:
@@ -101,6 +107,13 @@ class ServerSettings(BaseModel):
                 raise LimitError(f"{field} ({value}) must not be below this server's {least}", field, value=value)
             if value is not None and most is not None and value > most:
                 raise LimitError(f"{field} ({value}) must not be above this server's {most}", field, value=value)
+        if RESTS.index(request.kv_recall_rest) > RESTS.index(self.sketch_rest):
+            raise LimitError(
+                f"kv_recall_rest ({request.kv_recall_rest}) must not be above this server's {self.sketch_rest}: its "
+                "sketch blocks have no room for such values (sketch_rest)",
+                "kv_recall_rest",
+                value=request.kv_recall_rest,
+            )
         if self.on_full is not None and request.kv_on_full not in self.on_full:
             allowed = ", ".join(self.on_full)
             raise LimitError(

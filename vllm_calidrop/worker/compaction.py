@@ -15,10 +15,11 @@ from torch import Tensor
 
 from vllm_calidrop.algorithm.policies import POLICIES, Needs, ScoreInputs, Selection
 from vllm_calidrop.evicted.codecs import number_of
+from vllm_calidrop.evicted.recall.balance import balance_queries
 from vllm_calidrop.ops.base import OperatorSet
 from vllm_calidrop.ops.state import refuse_heads
 from vllm_calidrop.records import SequenceRecord
-from vllm_calidrop.worker.prefill import PrefillRow, observe_window
+from vllm_calidrop.worker.prefill import PrefillRow, observe_last_queries
 from vllm_calidrop.worker.worker import CaliDropWorker
 
 
@@ -34,8 +35,7 @@ def observe_chunk(
         if sums is None:
             sums = row.sequence.column_sums[layer] = _no_sums(record, queries, operators)
         operators.observe(sums, queries[: prompt_end - row.done], cache, row.blocks, row.done, scale)
-    if needs & Needs.WINDOW:
-        observe_window(row, layer, queries, prompt_end)
+    observe_last_queries(row, layer, queries, prompt_end)
 
 
 def compact(
@@ -43,12 +43,12 @@ def compact(
 ) -> Selection:
     """Compact one layer of a sequence that has attended its last known token; last_query: [Hq, D] of that token."""
     record, blocks, operators = row.sequence.record, row.blocks, worker.operators
-    selection = _select(row, layer, last_query, cache, operators, scale)
+    last_queries = row.sequence.last_queries.pop(layer, None)
+    selection = _select(row, layer, last_query, last_queries, cache, operators, scale)
     if record.calibrated:
         refused = _offload(layer, blocks, selection.evicted, cache, worker, record)
         if record.recall is not None:
-            keys = operators.take(cache, blocks, selection.evicted)[0]
-            worker.recall.put_sketch(layer, record, keys, _prompt_keys(record, cache, blocks, operators))
+            _sketch(layer, row, selection.evicted, last_queries, cache, worker)
             worker.recall.refuse(layer, record.slot, refused)
         else:
             operators.calibrate(last_query, cache, blocks, selection.evicted, layer, record.slot, scale)
@@ -58,11 +58,34 @@ def compact(
     return selection
 
 
-def _select(row: PrefillRow, layer: int, like: Tensor, cache: Any, operators: OperatorSet, scale: float) -> Selection:
+def _sketch(
+    layer: int, row: PrefillRow, evicted: Tensor, last_queries: Tensor | None, cache: Any, worker: CaliDropWorker
+) -> None:
+    """Sketch the keys of tokens `evicted` [H, m], and code their values where unread tokens are attended too."""
+    record, operators = row.sequence.record, worker.operators
+    assert record.recall is not None
+    keys, values = operators.take(cache, row.blocks, evicted)
+    prompt_keys, prompt_values = _prompt_kv(record, cache, row.blocks, operators)
+    if record.recall.rest == "none":
+        worker.recall.put_sketch(layer, record, keys, prompt_keys)
+    else:
+        assert last_queries is not None
+        queries = last_queries[-balance_queries(record.recall.rest, record.prompt_len) :]
+        worker.recall.put_sketch(layer, record, keys, prompt_keys, queries)
+        worker.recall.put_values(layer, record, values, prompt_values)
+
+
+def _select(
+    row: PrefillRow, layer: int, like: Tensor, last_queries: Tensor | None, cache: Any, operators: OperatorSet,
+    scale: float,
+) -> Selection:  # fmt: skip
     """The policy's choice, from exactly what it declares that it needs."""
     sequence, record = row.sequence, row.sequence.record
     policy = POLICIES[record.policy]
-    window_queries, window_sums = sequence.window_queries.pop(layer, None), None
+    window_queries = (
+        last_queries[-record.window :] if policy.needs & Needs.WINDOW and last_queries is not None else None
+    )
+    window_sums = None
     if Needs.WINDOW_SUMS in policy.needs and window_queries is not None:
         window_sums = _no_sums(record, like, operators)
         before = record.prompt_len - record.window
@@ -76,7 +99,7 @@ def _select(row: PrefillRow, layer: int, like: Tensor, cache: Any, operators: Op
         pool_kernel=record.pool_kernel,
         scale=scale,
         device=like.device,
-        keys=_prompt_keys(record, cache, row.blocks, operators) if Needs.KEYS in policy.needs else None,
+        keys=_prompt_kv(record, cache, row.blocks, operators)[0] if Needs.KEYS in policy.needs else None,
         window_queries=window_queries if Needs.WINDOW_QUERIES in policy.needs else None,
         window_sums=window_sums,
         column_sums=sequence.column_sums.pop(layer, None),
@@ -96,10 +119,10 @@ def _offload(
     return torch.stack(refused).any(0)
 
 
-def _prompt_keys(record: SequenceRecord, cache: Any, blocks: Tensor, operators: OperatorSet) -> Tensor:
-    """K [H, P, D] of the prompt, as attended (a copy)."""
+def _prompt_kv(record: SequenceRecord, cache: Any, blocks: Tensor, operators: OperatorSet) -> tuple[Tensor, Tensor]:
+    """K and V [H, P, D] of the prompt, as attended (a copy)."""
     every = torch.arange(record.prompt_len, device=blocks.device).expand(operators.model.num_kv_heads, -1)
-    return operators.take(cache, blocks, every.contiguous())[0]
+    return operators.take(cache, blocks, every.contiguous())
 
 
 def _no_sums(record: SequenceRecord, like: Tensor, operators: OperatorSet) -> Tensor:

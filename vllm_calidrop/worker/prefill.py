@@ -1,4 +1,4 @@
-"""A chunk of a prompt that will be compacted, and the queries that SnapKV wants of it: the same on every device."""
+"""A chunk of a prompt that will be compacted, and its last queries that are looked at then: alike on every device."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from vllm_calidrop.algorithm.policies import POLICIES
+from vllm_calidrop.evicted.recall.balance import balance_queries
+from vllm_calidrop.records import SequenceRecord
 from vllm_calidrop.worker.sequences import Sequence
 
 
@@ -34,19 +37,26 @@ def prefill_row(sequence: Sequence | None, first_token: int, done: int, length: 
     )
 
 
-def observe_window(row: PrefillRow, layer: int, queries: Tensor, prompt_end: int) -> None:
-    """Remember the chunk's queries [length, Hq, D] among those of the last `window` prompt positions."""
+def last_queries_of(record: SequenceRecord) -> int:
+    """Of how many of the last prompt positions the queries are looked at: by the policy, for the balance of recall."""
+    for_balance = balance_queries(record.recall.rest if record.recall else "none", record.prompt_len)
+    return POLICIES[record.policy].last_queries(record.window, for_balance)
+
+
+def observe_last_queries(row: PrefillRow, layer: int, queries: Tensor, prompt_end: int) -> None:
+    """Remember the chunk's queries [length, Hq, D] among those of the last prompt positions that will be looked at."""
     record = row.sequence.record
-    window_start = record.prompt_len - record.window
+    count = last_queries_of(record)
+    window_start = record.prompt_len - count
     first = max(row.done, window_start)
     if first >= prompt_end:
         return
     seen = queries[first - row.done : prompt_end - row.done]
-    stash = row.sequence.window_queries.get(layer)
+    stash = row.sequence.last_queries.get(layer)
     if stash is None:
-        if len(seen) == record.window:
-            row.sequence.window_queries[layer] = seen.clone()
+        if len(seen) == count:
+            row.sequence.last_queries[layer] = seen.clone()
             return
-        stash = queries.new_empty((record.window, *queries.shape[1:]))
-        row.sequence.window_queries[layer] = stash
+        stash = queries.new_empty((count, *queries.shape[1:]))
+        row.sequence.last_queries[layer] = stash
     stash[first - window_start : prompt_end - window_start] = seen

@@ -51,7 +51,7 @@ def leave_room(vllm_config: Any, worker: Any, available: int) -> int:
     if is_on_gpu():
         return leave_room_on_device(shape, num_slots, settings, vllm_config, available, fixed)
     ours = footprint(shape, num_slots, settings).total
-    ours += recall_pool_bytes(recall_pools(max(0, available - ours), None, shape, num_slots, settings), shape)
+    ours += recall_pool_bytes(recall_pools(max(0, available - ours), None, shape, num_slots, settings), shape, settings)
     free_host = psutil.virtual_memory().available
     if fixed is not None:
         needed = fixed + ours + (settings.swap_bytes or 0)

@@ -15,13 +15,13 @@ from vllm_calidrop.records import SequenceRecord, StepRecords
 class Sequence:
     """A sequence that will be, or has been, compacted.
 
-    window_queries: per layer the queries seen so far of the last `window` prompt positions, [window, Hq, D].
+    last_queries: per layer the queries seen so far of the last prompt positions that compaction looks at, [n, Hq, D].
     column_sums: per layer the attention that prompt tokens received, float32 [H, P]; exists only in prefill.
     compaction_seconds: the time that the layers compacted so far have taken.
     """
 
     record: SequenceRecord
-    window_queries: dict[int, Tensor] = field(default_factory=dict)
+    last_queries: dict[int, Tensor] = field(default_factory=dict)
     column_sums: dict[int, Tensor] = field(default_factory=dict)
     compaction_seconds: float = 0.0
 

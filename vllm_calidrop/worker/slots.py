@@ -14,11 +14,12 @@ from torch import Tensor
 
 from vllm_calidrop.evicted.codecs import CODECS, Layout, layout_table, number_of
 from vllm_calidrop.evicted.layout import MAX_BUFFER, swap_blocks_for
+from vllm_calidrop.evicted.recall.values import BITS
 from vllm_calidrop.ops.contract import NO_BUDGET, Recall, Sequences
 from vllm_calidrop.records import SequenceRecord
 from vllm_calidrop.worker.step import upload
 
-_INTEGERS = ("start", "stored", "gate", "codec", "most_reads", "recalled", "most", "buffer_size")
+_INTEGERS = ("start", "stored", "gate", "codec", "most_reads", "recalled", "most", "buffer_size", "rest")
 _FLOATS = ("theta1", "theta2", "look_theta", "eps", "top_p")
 
 
@@ -55,6 +56,7 @@ class SlotTables:
             top_p=of["top_p"],
             most=of["most"],
             buffer_size=of["buffer_size"],
+            rest=of["rest"],
             sketch_blocks=torch.zeros(blocks, dtype=torch.int32, device=device),
             buffer_ids=torch.zeros((num_slots, MAX_BUFFER), dtype=torch.int32, device=device),
         )
@@ -79,6 +81,7 @@ class SlotTables:
                 record.stored if recall else 0,
                 recall.most if recall else 0,
                 len(recall.buffer_ids) if recall else 0,
+                BITS[recall.rest] if recall else 0,
             )
             top_p = recall.top_p if recall and recall.top_p is not None else math.nan
             self._floats[:, slot] = (

@@ -58,7 +58,9 @@ class CaliDropWorker:
         self.table = StateTable(layers, num_slots, kv_heads, model.group, head_dim, dtype, device)
         self.slots = SlotTables(num_slots, shape.max_model_len, head_dim, dtype, device)
         self.step = StepTable(max_rows, device)
-        self.recall = RecallStore(layers, num_slots, pools.sketch_blocks, pools.buffer_pages, kv_heads, head_dim, dtype)
+        self.recall = RecallStore(
+            layers, num_slots, pools.sketch_blocks, pools.buffer_pages, kv_heads, head_dim, dtype, pools.sketch_rest
+        )
         similarity = similarity_histogram()
         self.measures = Measures(similarity)
         tables = Tables(self.slots.sequences, self.slots.recall, self.table.layers, similarity, pool, self.recall)

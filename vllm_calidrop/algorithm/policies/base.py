@@ -93,19 +93,24 @@ class Policy(ABC):
         evicted = order[:, inputs.budget : inputs.budget + calibration_tokens]
         return Selection(kept.sort(-1).values, evicted.sort(-1).values)
 
-    def allowed_hit(self, hit_tokens: int, prompt_len: int, budget: int, window: int, block_size: int) -> int:
+    def last_queries(self, window: int, others: int = 0) -> int:
+        """Of how many of the last prompt positions the queries are looked at: by this policy its window's, if any, and
+        by somebody else those of `others` positions."""
+        return max(window if self.needs & Needs.WINDOW else 0, others)
+
+    def allowed_hit(
+        self, hit_tokens: int, prompt_len: int, budget: int, window: int, block_size: int, others: int = 0
+    ) -> int:
         """How much of a prefix-cache hit may be used, in tokens: the queries that are looked at must be computed."""
         if Needs.COLUMN_SUMS in self.needs:
             return 0
         first_block = first_kept_block(prompt_len, budget, block_size)
-        computed = window if self.needs & Needs.WINDOW else 0
-        return cacheable_hit(hit_tokens, prompt_len, first_block, computed, block_size)
+        return cacheable_hit(hit_tokens, prompt_len, first_block, self.last_queries(window, others), block_size)
 
-    def prefill_bytes(self, shape: KVShape, window: int, prompt_len: int) -> int:
-        """Bytes that a worker holds for one sequence until its prompt is complete: window queries and column sums."""
+    def prefill_bytes(self, shape: KVShape, window: int, prompt_len: int, others: int = 0) -> int:
+        """Bytes that a worker holds for one sequence until its prompt is complete: last queries and column sums."""
         num_bytes = 0
         if Needs.COLUMN_SUMS in self.needs:
             num_bytes += shape.num_layers * shape.num_kv_heads * prompt_len * torch.float32.itemsize
-        if self.needs & Needs.WINDOW:
-            num_bytes += shape.num_layers * window * shape.num_query_heads * shape.head_dim * shape.dtype.itemsize
-        return num_bytes
+        query_bytes = shape.num_query_heads * shape.head_dim * shape.dtype.itemsize
+        return num_bytes + shape.num_layers * self.last_queries(window, others) * query_bytes

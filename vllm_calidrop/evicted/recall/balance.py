@@ -15,6 +15,11 @@ BALANCE_QUERIES = 32
 LEAST = 1e-6
 
 
+def balance_queries(rest: str, prompt_len: int) -> int:
+    """Of how many of a prompt's last positions the queries are needed for the balance under a `kv_recall_rest`."""
+    return min(BALANCE_QUERIES, prompt_len) if rest != "none" else 0
+
+
 def balance_of(queries: Tensor, keys: Tensor, mu: Tensor) -> Tensor:
     """Weights of the key channels of each KV head: float32 [H, D].
 

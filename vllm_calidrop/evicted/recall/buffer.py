@@ -46,7 +46,7 @@ def renew(held: Tensor, rank: Tensor, wanted: Tensor, size: Tensor) -> Renewal:
     stays = exists & (position < size.unsqueeze(-1))
 
     is_free = torch.arange(places) < size.unsqueeze(-1)
-    is_free = is_free & ~_marked(torch.where(stays, place, -1), places)
+    is_free = is_free & ~marked(torch.where(stays, place, -1), places)
     free_places = (~is_free).int().argsort(dim=-1, stable=True)
     comes = stays & (place < 0)
     nth = (comes.cumsum(-1) - 1).clamp(0, max(0, places - 1))
@@ -59,7 +59,7 @@ def renew(held: Tensor, rank: Tensor, wanted: Tensor, size: Tensor) -> Renewal:
     return Renewal(new_held, new_rank, torch.where(comes, place, -1)[:, :count])
 
 
-def _marked(places: Tensor, count: int) -> Tensor:
-    """bool [N, count]: which places occur in places [N, X] (-1: none)."""
-    marked = torch.zeros((len(places), count + 1), dtype=torch.bool)
-    return marked.scatter(1, torch.where(places < 0, count, places), True)[:, :count]
+def marked(places: Tensor, count: int) -> Tensor:
+    """bool [N, count]: which numbers below `count` occur in places [N, X] (-1: none)."""
+    found = torch.zeros((len(places), count + 1), dtype=torch.bool)
+    return found.scatter(1, torch.where(places < 0, count, places), True)[:, :count]

@@ -252,6 +252,16 @@ inline void scale_by(float factor, float* out, int count) {
   for (int i = 0; i < count; i++) out[i] *= factor;
 }
 
+// out [head_dim], lse become the state over the union of two disjoint sets of tokens (equation 1 of the paper).
+inline void merge_into(float* out, float& lse, const float* other, float other_lse, int head_dim) {
+  const float top = std::max(lse, other_lse);
+  if (top == -kInf) return;
+  const float mine = std::exp(lse - top), its = std::exp(other_lse - top), total = mine + its;
+  const float my_share = mine / total, its_share = its / total;
+  for (int d = 0; d < head_dim; d++) out[d] = out[d] * my_share + other[d] * its_share;
+  lse = top + std::log(total);
+}
+
 // What an Attention works in; a thread keeps one and uses it again.
 template <class T>
 struct Workspace {

@@ -33,7 +33,7 @@ struct Sequences {
 struct RecallSettings {
   const int32_t* stored;
   const float *theta, *eps, *top_p;
-  const int32_t *most, *buffer_size, *sketch_blocks;
+  const int32_t *most, *buffer_size, *rest, *sketch_blocks;
   int64_t sketch_stride;
   const int32_t* buffer_ids;
   int64_t buffer_stride;
@@ -50,13 +50,17 @@ struct Layer {
   int64_t* counts;
   int64_t counts_stride;
   // Recall by pages: the sketch (sketch.h), mu [slots, kv_heads, D], looked [slots], the page buffer [pages, kv_heads,
-  // 2, 16, D], which pages it holds, and how new they are [pages, kv_heads].
+  // 2, 16, D], which pages it holds, and how new they are [pages, kv_heads]; coded values (rest.h), their mean and the
+  // balance of the sketch, [slots, kv_heads, D].
   const uint8_t* codes;
   const uint16_t* scales;
   const float* mu;
   uint8_t* looked;
   void* buffer;
   int64_t *held, *rank;
+  const uint8_t* value_codes;
+  const uint16_t* value_scales;
+  const float *value_mu, *balance;
 };
 
 // What is the same for all layers.
@@ -66,6 +70,7 @@ struct Shared {
   RecallSettings recall;
   const float* signs;  // of the rotation, [padded_dim]
   int64_t padded_dim;
+  int64_t value_page_bytes;  // room for a page's coded values
   // Histogram of the similarities: per bound, above the last, and their sum in millionths.
   const float* similarity_bounds;
   int64_t* similarity;

@@ -99,7 +99,8 @@ class Head {
     recompute();
     for (int h = 0; h < group_; h++)
       if (s_.recompute[h] || s_.merge[h])
-        merge_into(s_.out.data() + h * head_dim_, s_.lse[h], a_.state_out + (state_ + h) * head_dim_, a_.state_lse[state_ + h]);
+        merge_into(s_.out.data() + h * head_dim_, s_.lse[h], a_.state_out + (state_ + h) * head_dim_, a_.state_lse[state_ + h],
+                   head_dim_);
   }
 
   void recall() {
@@ -170,16 +171,6 @@ class Head {
   // The similarities, as ops/similarity.py counts them: NaN is none, rounding may exceed 1.
   void observe() const {
     for (int h = 0; h < group_; h++) a_.observe(s_.rho[h]);
-  }
-
-  // out, lse become the state over kept and evicted tokens (equation 1).
-  void merge_into(float* out, float& lse, const float* other, float other_lse) const {
-    const float top = std::max(lse, other_lse);
-    if (top == -kInf) return;
-    const float mine = std::exp(lse - top), its = std::exp(other_lse - top), total = mine + its;
-    const float my_share = mine / total, its_share = its / total;
-    for (int d = 0; d < head_dim_; d++) out[d] = out[d] * my_share + other[d] * its_share;
-    lse = top + std::log(total);
   }
 
   const Arguments& a_;

@@ -51,7 +51,7 @@ class _Sequences(ctypes.Structure):
 
 class _Recall(ctypes.Structure):
     _fields_ = [
-        *_addresses("stored", "theta", "eps", "top_p", "most", "buffer_size", "sketch_blocks"),
+        *_addresses("stored", "theta", "eps", "top_p", "most", "buffer_size", "rest", "sketch_blocks"),
         *_numbers("sketch_stride"),
         *_addresses("buffer_ids"),
         *_numbers("buffer_stride"),
@@ -66,7 +66,7 @@ class Shared(ctypes.Structure):
         ("sequences", _Sequences),
         ("recall", _Recall),
         *_addresses("signs"),
-        *_numbers("padded_dim"),
+        *_numbers("padded_dim", "value_page_bytes"),
         *_addresses("similarity_bounds", "similarity"),
         *_numbers("similarity_buckets"),
     ]
@@ -81,6 +81,7 @@ class Layer(ctypes.Structure):
         *_addresses("state_query", "state_out", "state_lse", "counts"),
         *_numbers("counts_stride"),
         *_addresses("codes", "scales", "mu", "looked", "buffer", "held", "rank"),
+        *_addresses("value_codes", "value_scales", "value_mu", "balance"),
     ]
 
 
@@ -193,6 +194,7 @@ def shared_arguments(tables: Tables, model: ModelKV, layouts: tuple[int, int]) -
         ),
         signs=turns.data_ptr(),
         padded_dim=len(turns),
+        value_page_bytes=tables.store.value_codes.shape[-1],
         similarity_bounds=SIMILARITY_BOUNDS.data_ptr(),
         similarity=tables.similarity.data_ptr(),
         similarity_buckets=len(SIMILARITY_BOUNDS),
@@ -215,7 +217,10 @@ def layer_arguments(tables: Tables, layer: int) -> Layer:
     return arguments
 
 
-_STORED = ("codes", "scales", "mu", "looked", "buffer", "held", "rank")
+_STORED = (
+    *("codes", "scales", "mu", "looked", "buffer", "held", "rank"),
+    *("value_codes", "value_scales", "value_mu", "balance"),
+)
 
 
 def row_arguments(rows: Rows) -> _Rows:

@@ -11,10 +11,7 @@ from torch import Tensor
 from vllm_calidrop.algorithm.calibration import AttentionState
 from vllm_calidrop.evicted.layout import PAGE_TOKENS, PAGES_PER_BLOCK, pages_for
 from vllm_calidrop.evicted.recall.rest import NEGLIGIBLE
-from vllm_calidrop.evicted.recall.sketch import LLOYD_MAX_ERROR, UNBIASED_ERROR, padded_dim, signs
-
-# Of a balanced query's dot product with a sketched key, per |query|^2 and squared scale (sketch.py::inflation).
-ERROR_VARIANCE = UNBIASED_ERROR * (1 - LLOYD_MAX_ERROR) ** 2
+from vllm_calidrop.evicted.recall.sketch import padded_dim, signs
 
 
 class _Arguments(ctypes.Structure):
@@ -23,7 +20,7 @@ class _Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("heads", "head_dim", "padded_dim", "tokens", "bits")),
         *((name, ctypes.c_int64) for name in ("page_bytes", "excluded_count")),
-        *((name, ctypes.c_double) for name in ("scale", "error_variance", "negligible")),
+        *((name, ctypes.c_double) for name in ("scale", "negligible")),
         *((name, ctypes.c_void_p) for name in ("query", "kept_lse", "signs", "blocks", "codes", "scales", "mu")),
         *((name, ctypes.c_void_p) for name in ("balance", "value_codes", "value_scales", "value_mu", "excluded")),
         *((name, ctypes.c_void_p) for name in ("shares", "out", "lse")),
@@ -70,7 +67,6 @@ class Look:
         self.operator, heads, head_dim = operator, *query.shape
         self.shares = torch.empty((heads, pages_for(tokens)))
         self.state = AttentionState(torch.empty(heads, head_dim), torch.empty(heads))
-        has_rest = head.value_codes is not None
         kept = {
             "query": query.float().contiguous(), "kept_lse": kept_lse.float().contiguous(), "blocks": blocks,
             "signs": signs(padded_dim(head_dim)), "codes": head.codes, "scales": head.scales, "mu": head.mu,
@@ -90,7 +86,6 @@ class Look:
             page_bytes=padded_dim(head_dim) * PAGE_TOKENS * bits // 8,
             excluded_count=len(excluded),
             scale=scale,
-            error_variance=ERROR_VARIANCE if has_rest else 0.0,
             negligible=negligible,
             **{name: None if tensor is None else tensor.data_ptr() for name, tensor in kept.items()},
         )

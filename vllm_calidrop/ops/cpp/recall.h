@@ -5,7 +5,7 @@
 #include "arguments.h"
 #include "attend.h"
 #include "pages.h"
-#include "sketch.h"
+#include "rest.h"
 
 namespace calidrop {
 
@@ -17,6 +17,8 @@ struct RecallScratch {
   std::vector<float> out, lse;
   std::vector<int64_t> held, rank;
   PageShares shares;
+  Rest rest;
+  std::vector<float> rest_out, rest_lse;
   WantedPages wanted;
   BufferPlaces places;
 };
@@ -36,6 +38,7 @@ class Recall {
         group_(int(a.model.group)),
         head_dim_(int(a.model.head_dim)),
         size_(int(a.recall.buffer_size[slot])),
+        bits_(a.recall.rest[slot]),
         page_elements_(2 * kPage * a.model.head_dim),
         query_(query),
         query_float_(query_float),
@@ -50,15 +53,16 @@ class Recall {
 
   void step() {
     const bool looks = !a_.looked[slot_] || least_similarity() < a_.recall.theta[slot_];
-    const bool buffered = attend_buffer();  // what was held before this step's look
+    // What was held before this step's look. With a rest the stored state is that over everything.
+    const bool buffered = (looks || !bits_) && attend_buffer();
     int64_t read = 0;
     if (looks)
-      read = look();
-    else if (size_)
+      read = look(buffered);
+    else if (size_ && !bits_)
       std::fill_n(state_lse_, group_, -kInf);
-    count(looks, buffered, read);
-    for (int h = 0; h < group_; h++)
-      merge(h, buffered);
+    const bool apart = buffered && !bits_;
+    count(looks, apart, read);
+    for (int h = 0; h < group_; h++) merge(h, apart);
   }
 
  private:
@@ -102,8 +106,10 @@ class Recall {
     return any;
   }
 
-  // Stores the state over the pages it reads, and buffers the wanted ones. How many it read.
-  int64_t look() {
+  // Stores the state over the pages it reads, with a rest that over everything, and buffers the wanted pages. How many it
+  // read.
+  int64_t look(bool buffered) {
+    const int64_t head = (slot_ * a_.model.kv_heads + kv_head_) * head_dim_;
     const Sketched sketch = {a_.codes,
                              a_.scales,
                              a_.recall.sketch_blocks + slot_ * a_.recall.sketch_stride,
@@ -112,9 +118,10 @@ class Recall {
                              kPagesPerBlock,
                              a_.recall.stored[slot_],
                              int(a_.padded_dim / kWordChannels),
-                             Levels::of_sizes(kInnerLevel, kOuterLevel)};
-    s_.shares.look(sketch, query_float_, group_, head_dim_, a_.mu + (slot_ * a_.model.kv_heads + kv_head_) * head_dim_,
-                   a_.signs, float(a_.scale), kept_lse_);
+                             Levels::of_sizes(kInnerLevel, kOuterLevel),
+                             bits_ ? a_.balance + head : nullptr,
+                             bits_ ? kErrorVariance : 0};
+    s_.shares.look(sketch, query_float_, group_, head_dim_, a_.mu + head, a_.signs, float(a_.scale), kept_lse_);
     const auto& wanted = s_.wanted.choose(s_.shares, {a_.recall.eps[slot_], a_.recall.top_p[slot_], a_.recall.most[slot_]});
     const auto held_end = s_.held.begin() + size_;
     Attention<T> attention(space_, query_float_, group_, head_dim_, float(a_.scale), kPage, state_out_, state_lse_);
@@ -125,9 +132,27 @@ class Recall {
         read++;
       }
     attention.template finish<kKeyPlain, kValuePlain>();
+    if (bits_) add_rest(sketch, wanted, buffered);
     std::copy_n(query_, group_ * head_dim_, state_query_);
     if (size_) keep(wanted);
     return read;
+  }
+
+  // The stored state becomes that over the pages read, the pages held, and the codes of all others.
+  void add_rest(const Sketched& sketch, const std::vector<int64_t>& wanted, bool buffered) {
+    s_.rest.begin(s_.shares);
+    for (const int64_t page : wanted) s_.rest.exclude(page);
+    for (int j = 0; j < size_; j++)
+      if (s_.held[j] != kEmpty) s_.rest.exclude(s_.held[j]);
+    s_.rest_out.resize(group_ * head_dim_), s_.rest_lse.resize(group_);
+    const CodedValues values = {a_.value_codes, a_.value_scales,
+                                a_.value_mu + (slot_ * a_.model.kv_heads + kv_head_) * head_dim_, a_.value_page_bytes, bits_};
+    s_.rest.attend(sketch, s_.shares, values, kNegligible, a_.signs, head_dim_, s_.rest_out.data(), s_.rest_lse.data());
+    for (int h = 0; h < group_; h++) {
+      const long at = long(h) * head_dim_;
+      if (buffered) merge_into(state_out_ + at, state_lse_[h], s_.out.data() + at, s_.lse[h], head_dim_);
+      merge_into(state_out_ + at, state_lse_[h], s_.rest_out.data() + at, s_.rest_lse[h], head_dim_);
+    }
   }
 
   void keep(const std::vector<int64_t>& wanted) {
@@ -165,7 +190,7 @@ class Recall {
   Workspace<T>& space_;
   RecallScratch<T>& s_;
   int64_t slot_, kv_head_;
-  int group_, head_dim_, size_;
+  int group_, head_dim_, size_, bits_;
   int64_t page_elements_;
   const T* query_;
   const float* query_float_;

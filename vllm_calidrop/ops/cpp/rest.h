@@ -35,13 +35,16 @@ inline V load_words(const uint8_t* from) {
 // State over the pages of a look that are attended by nothing else; a thread keeps one and uses it again.
 class Rest {
  public:
-  // sketch, shares: of the look. excluded: [count], pages attended otherwise. negligible: pages whose share is below this
-  // for every head give their weight to the mean value. signs: of the rotation. out: [heads, D], lse: [heads].
-  void attend(const Sketched& sketch, const PageShares& shares, const CodedValues& values, const int64_t* excluded,
-              int count, float negligible, const float* signs, int head_dim, float* out, float* lse) {
+  // No page is excluded; as many as the look has.
+  void begin(const PageShares& shares) { is_excluded_.assign(shares.pages(), 0); }
+  // This page is attended otherwise.
+  void exclude(int64_t page) { is_excluded_[page] = 1; }
+
+  // sketch, shares: of the look. negligible: pages whose share times the number of pages is below this for every head give
+  // their weight to the mean value. signs: of the rotation. out: [heads, D], lse: [heads].
+  void attend(const Sketched& sketch, const PageShares& shares, const CodedValues& values, float negligible,
+              const float* signs, int head_dim, float* out, float* lse) {
     const int heads = shares.heads(), size = sketch.num_words * kWordChannels;
-    is_excluded_.assign(shares.pages(), 0);
-    for (int i = 0; i < count; i++) is_excluded_[excluded[i]] = 1;
     choose(shares, negligible);
     sums_.resize(heads * size);
     weigh(sketch, shares, values);
@@ -59,7 +62,7 @@ class Rest {
     for (int64_t page = 0; page < shares.pages(); page++) {
       float largest = shares.of(0, page);
       for (int h = 1; h < shares.heads(); h++) largest = std::max(largest, shares.of(h, page));
-      if (!is_excluded_[page] && largest >= negligible) pages_.push_back(page);
+      if (!is_excluded_[page] && largest * float(shares.pages()) >= negligible) pages_.push_back(page);
     }
   }
 

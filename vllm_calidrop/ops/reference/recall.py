@@ -2,7 +2,8 @@
 
 A KV head group looks when one of its queries has turned away from the one of its last look. A look estimates every
 page's share of the attention from the sketch and reads the wanted pages alone. Without a buffer their state is kept and
-merged until the next look; with one the pages themselves stay and are attended with each query.
+merged until the next look; with one the pages themselves stay and are attended with each query. With a rest a look also
+attends all other evicted tokens from their codes, and what it found as a whole is merged until the next look.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from torch.nn.functional import pad
 from vllm_calidrop.algorithm.calibration import AttentionState, attention_state, cosine, merge_states
 from vllm_calidrop.evicted.layout import PAGE_TOKENS, SWAP_BLOCK_TOKENS, swap_blocks_for
 from vllm_calidrop.evicted.pool import SwapPool
-from vllm_calidrop.evicted.recall.buffer import is_held, renew
+from vllm_calidrop.evicted.recall.buffer import is_held, marked, renew
 from vllm_calidrop.evicted.recall.looks import page_shares, wanted_pages
-from vllm_calidrop.evicted.recall.sketch import estimate
+from vllm_calidrop.evicted.recall.rest import rest_state
+from vllm_calidrop.evicted.recall.sketch import estimate, inflation
 from vllm_calidrop.evicted.recall.store import RecallStore
 from vllm_calidrop.ops.base import Tables
 from vllm_calidrop.ops.contract import NO_BUDGET
@@ -32,7 +34,7 @@ LOOK_TOKENS = 1 << 17
 class RecallRows(NamedTuple):
     """M rows that recall by pages, gathered from the tables by slot.
 
-    slots, most, buffer_size, stored, codec: int [M]; theta, eps, top_p (NaN: by number alone): float32 [M].
+    slots, most, buffer_size, rest, stored, codec: int [M]; theta, eps, top_p (NaN: by number alone): float32 [M].
     swap_blocks, sketch_blocks: int [M, W]; buffer_ids: int [M, B], B the largest buffer_size. most_reads: int [M],
     pages that a layer may read in this step, None if there is no read budget.
     """
@@ -43,6 +45,7 @@ class RecallRows(NamedTuple):
     top_p: Tensor
     most: Tensor
     buffer_size: Tensor
+    rest: Tensor
     stored: Tensor
     swap_blocks: Tensor
     sketch_blocks: Tensor
@@ -61,6 +64,7 @@ class RecallRows(NamedTuple):
             top_p=recall.top_p[slots],
             most=recall.most[slots],
             buffer_size=size,
+            rest=recall.rest[slots],
             stored=recall.stored[slots],
             swap_blocks=sequences.swap_blocks[slots].long(),
             sketch_blocks=recall.sketch_blocks[slots].long(),
@@ -84,7 +88,7 @@ def recalled_state(
     store.looked[layer, slots] = True
 
     buffered = _buffered_state(rows, layer, query, store, scale)  # what was held before this step's looks
-    has_buffer = (rows.buffer_size > 0)[:, None] & ~looks
+    has_buffer = ((rows.buffer_size > 0) & (rows.rest == 0))[:, None] & ~looks
     state.lse[slots] = state.lse[slots].masked_fill(has_buffer.unsqueeze(-1), -torch.inf)
 
     pages_read = torch.zeros_like(looks, dtype=torch.int64)
@@ -97,20 +101,36 @@ def recalled_state(
         if rows.most_reads is not None:
             found, skipped = _within_budget(rows, layer, row, kv_head, found, store, rows.most_reads)
         for some, look in zip(pairs, found):
+            rest = _rest(rows, layer, *some, look, store)  # before the look renews what the buffers hold
             pages_read[some] = _read(rows, layer, *some, look.wanted, query[some], tables, scale)
+            if rest is not None:
+                held = None if buffered is None else AttentionState(buffered.out[some], buffered.lse[some])
+                _store_whole(rows, layer, *some, held, rest, tables)
 
     recalled = AttentionState(state.out[slots], state.lse[slots])
     if buffered is not None:
-        recalled = merge_states(recalled, buffered)
+        of_others = buffered.lse.masked_fill((rows.rest > 0)[:, None, None], -torch.inf)
+        recalled = merge_states(recalled, AttentionState(buffered.out, of_others))
     count_looks(state, slots, looks, ~looks.unsqueeze(-1) & (recalled.lse > -torch.inf), pages_read, skipped)
     return recalled
 
 
+class Estimates(NamedTuple):
+    """What a look knows of all tokens and pages: logits float32 [N, G, T] and shares [N, G, P]."""
+
+    logits: Tensor
+    shares: Tensor
+
+
 class Look(NamedTuple):
-    """What N (row, KV head) pairs want: pages int64 [N, K], largest share first, -1 for none; share: float32 [N, K]."""
+    """What N (row, KV head) pairs want: pages int64 [N, K], largest share first, -1 for none; share: float32 [N, K].
+
+    estimates: None where no pair has a rest.
+    """
 
     wanted: Tensor
     share: Tensor
+    estimates: Estimates | None
 
 
 def _look(
@@ -119,10 +139,56 @@ def _look(
 ) -> Look:  # fmt: skip
     """Look at the sketch for N (row, KV head) pairs: query [N, G, D], kept_lse [N, G]."""
     blocks = swap_blocks_for(int(rows.stored.max()))
-    sketch = store.sketch(layer, rows.slots[row], rows.sketch_blocks[row, :blocks], kv_head)
-    shares = page_shares(estimate(query, *sketch) * scale, rows.stored[row], kept_lse)
+    has_rest = rows.rest[row] > 0
+    sketch = store.sketch(layer, rows.slots[row], rows.sketch_blocks[row, :blocks], kv_head, rows.rest[row])
+    logits = estimate(query, *sketch) * scale
+    if has_rest.any():
+        noise = inflation(query, sketch.scales, sketch.balance, scale)
+        logits = logits - torch.where(has_rest[:, None, None], noise, 0.0)
+    shares = page_shares(logits, rows.stored[row], kept_lse)
     wanted = wanted_pages(shares, rows.eps[row], rows.top_p[row], rows.most[row])
-    return Look(wanted, shares.amax(1).gather(1, wanted.clamp_min(0)))
+    estimates = Estimates(logits, shares) if has_rest.any() else None
+    return Look(wanted, shares.amax(1).gather(1, wanted.clamp_min(0)), estimates)
+
+
+def _rest(
+    rows: RecallRows, layer: int, row: Tensor, kv_head: Tensor, look: Look, store: RecallStore
+) -> AttentionState | None:
+    """The states of N (row, KV head) pairs that look over all pages they neither hold nor read; empty for those
+    without a rest, None if none has one."""
+    if look.estimates is None:
+        return None
+    logits, shares = look.estimates
+    held = _held(rows, row, store.held[layer, rows.buffer_ids[row], kv_head[:, None]])
+    excluded = marked(torch.cat((look.wanted, held), dim=1), shares.shape[-1])
+    state = AttentionState(
+        logits.new_zeros((*shares.shape[:2], store.mu.shape[-1])), shares.new_zeros(shares.shape[:2])
+    )
+    state.lse.fill_(-torch.inf)
+    blocks = rows.sketch_blocks[row, : logits.shape[-1] // SWAP_BLOCK_TOKENS]
+    for bits in rows.rest[row].unique().tolist():
+        if bits:
+            mine = rows.rest[row] == bits
+            values = store.values(layer, rows.slots[row[mine]], blocks[mine], kv_head[mine], bits)
+            found = rest_state(logits[mine], shares[mine], rows.stored[row[mine]], excluded[mine], *values)
+            state.out[mine], state.lse[mine] = found
+    return state
+
+
+def _store_whole(
+    rows: RecallRows, layer: int, row: Tensor, kv_head: Tensor, held: AttentionState | None, rest: AttentionState,
+    tables: Tables,
+) -> None:  # fmt: skip
+    """Of N pairs that looked, those with a rest store the state over everything: the pages that were read (stored
+    already), the pages that were held, and the rest."""
+    state, mine = tables.states[layer], rows.rest[row] > 0
+    where = (rows.slots[row[mine]], kv_head[mine])
+    whole = merge_states(
+        AttentionState(state.out[where], state.lse[where]), AttentionState(rest.out[mine], rest.lse[mine])
+    )
+    if held is not None:
+        whole = merge_states(whole, AttentionState(held.out[mine], held.lse[mine]))
+    state.out[where], state.lse[where] = whole
 
 
 def _within_budget(
@@ -148,7 +214,8 @@ def _within_budget(
     wanted[pair[beyond], column[beyond]] = -1
     skipped = torch.bincount(row[pair[beyond]], minlength=len(rows.slots))
     parts = [len(look.wanted) for look in found]
-    return [Look(*part) for part in zip(wanted.split(parts), share.split(parts))], skipped
+    left = zip(wanted.split(parts), share.split(parts), found, strict=True)
+    return [Look(wanted, share, look.estimates) for wanted, share, look in left], skipped
 
 
 def _read(
