@@ -262,17 +262,26 @@ def test_cancel_gives_everything_back_and_tells_nobody() -> None:
         ({"kv_budget": 48, "kv_window": 48}, 944),  # not the window: 952 in whole blocks
         ({"kv_budget": 48, "kv_window": 48, "kv_policy": "streaming_llm"}, 944),
         ({"kv_budget": 100, "kv_policy": "h2o"}, 0),
-        ({"kv_budget": 8, "kv_policy": "streaming_llm"}, 960),
-        (
-            {"kv_budget": 8, "kv_policy": "streaming_llm", **PAGES, "kv_recall_rest": "v2"},
-            960,
-        ),  # 968: before the last 32
-        ({"kv_budget": 8, "kv_window": 8, **PAGES, "kv_recall_rest": "v1"}, 960),
-        ({"kv_budget": 8, "kv_window": 8, "kv_calibration": False, **PAGES, "kv_recall_rest": "v1"}, 960),
     ],
 )
 def test_allowed_hit(asked: dict[str, Any], allowed: int) -> None:
     assert make_ledger().allowed_hit(make_request(1000, **asked), 960) == allowed
+
+
+@pytest.mark.parametrize(
+    ("asked", "allowed"),
+    [
+        ({}, 992),
+        ({"kv_recall": "pages"}, 992),
+        ({"kv_recall": "pages", "kv_recall_rest": "v2"}, 960),  # the queries of the last 32 positions are computed
+        ({"kv_recall": "pages", "kv_recall_rest": "v1", "kv_policy": "snapkv", "kv_window": 8}, 960),
+        ({"kv_recall": "all", "kv_recall_rest": "v2"}, 992),
+        ({"kv_recall": "pages", "kv_recall_rest": "v2", "kv_calibration": False}, 992),
+    ],
+)
+def test_a_rest_needs_the_last_queries_whatever_the_policy(asked: dict[str, Any], allowed: int) -> None:
+    request = make_request(1000, kv_budget=8, **{"kv_policy": "streaming_llm", **asked})
+    assert make_ledger().allowed_hit(request, 992) == allowed
 
 
 # when blocks can be freed

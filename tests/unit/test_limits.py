@@ -95,7 +95,11 @@ def test_a_server_that_refuses_its_own_defaults_does_not_start(given: dict[str, 
 
 
 def test_limits_are_shown() -> None:
-    assert server(**LIMITS).limits() == {**{k: v for k, v in LIMITS.items() if k != "kv_budget"}, "allow_full": True}
+    assert server(**LIMITS).limits() == {
+        **{k: v for k, v in LIMITS.items() if k != "kv_budget"},
+        "allow_full": True,
+        "recall_rest": "v2",
+    }
     assert server().limits() == {
         "min_budget": None,
         "max_budget": None,
@@ -103,4 +107,5 @@ def test_limits_are_shown() -> None:
         "max_theta": None,
         "on_full": ["full", "evict", "wait", "reject"],
         "allow_full": True,
+        "recall_rest": "v2",
     }

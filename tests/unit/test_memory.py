@@ -41,7 +41,7 @@ from vllm_calidrop.ops.reference import ReferenceSet
 from vllm_calidrop.records import RecallRecord, SequenceRecord
 from vllm_calidrop.scheduler.build import size_pools
 from vllm_calidrop.scheduler.spec import CaliDropSpec
-from vllm_calidrop.settings.server import ServerSettings
+from vllm_calidrop.settings.server import RESTS, ServerSettings
 from vllm_calidrop.worker.compaction import compact, observe_chunk
 from vllm_calidrop.worker.prefill import PrefillRow
 from vllm_calidrop.worker.room import leave_room

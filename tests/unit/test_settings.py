@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from vllm_calidrop.algorithm.policies import POLICIES
 from vllm_calidrop.evicted.codecs import CODECS
-from vllm_calidrop.settings.request import MAX_COUNT, RequestSettings, SettingsError, is_ours
+from vllm_calidrop.settings.request import MAX_COUNT, LimitError, RequestSettings, SettingsError, is_ours
 from vllm_calidrop.settings.server import ServerSettings, resolve_request
 
 NO_DEFAULTS = ServerSettings()
@@ -156,6 +156,27 @@ def test_a_name_in_another_case_is_told_how_it_is_written(name: str) -> None:
 def test_recall_defaults_follow_buffer_and_choice(raw: dict[str, Any], eps: float, pages: int) -> None:
     settings = resolve_request({"kv_recall": "pages", **raw}, NO_DEFAULTS)
     assert (settings.kv_recall_eps, settings.kv_recall_pages) == (eps, pages)
+    assert settings.kv_recall_theta == 0.9
+
+
+@pytest.mark.parametrize("rest", ["v1", "v2"])
+def test_recall_defaults_follow_the_rest(rest: str) -> None:
+    settings = resolve_request({"kv_recall": "pages", "kv_recall_rest": rest, "kv_recall_buffer": 4}, NO_DEFAULTS)
+    assert (settings.kv_recall_theta, settings.kv_recall_eps, settings.kv_recall_pages) == (2.0, 0.1, 4)
+    own = resolve_request({"kv_recall_rest": rest, "kv_recall_theta": 0.95, "kv_recall_eps": 0.02}, NO_DEFAULTS)
+    assert (own.kv_recall_theta, own.kv_recall_eps) == (0.95, 0.02)
+
+
+def test_a_server_without_room_for_a_rest_refuses_it_by_name() -> None:
+    for allowed, refused in (("none", ("v1", "v2")), ("v1", ("v2",)), ("v2", ())):
+        server = ServerSettings(sketch_rest=allowed)
+        for rest in ("none", "v1", "v2"):
+            if rest in refused:
+                with pytest.raises(LimitError, match=rf"kv_recall_rest \({rest}\).*{allowed}") as error:
+                    resolve_request({"kv_recall_rest": rest}, server)
+                assert error.value.field == "kv_recall_rest"
+            else:
+                assert resolve_request({"kv_recall_rest": rest}, server).kv_recall_rest == rest
 
 
 @given(st.integers(1, 200))
