@@ -47,11 +47,13 @@ class HeadMargins:
 class Rest:
     """What a KV head whose unread tokens are attended too knows beside its sketch.
 
-    weights: [dim], of the key channels; v: [m, dim], the evicted values as their codes stand for them.
+    weights: [dim], of the key channels; v: [m, dim], the evicted values as their codes stand for them; mu: [dim], the
+    mean of the prompt's values.
     """
 
     weights: Tensor
     v: Tensor
+    mu: Tensor
 
 
 def rest_of(queries: Tensor, prompt_k: Tensor, prompt_v: Tensor, evicted_v: Tensor, kind: str) -> Rest:
@@ -62,7 +64,7 @@ def rest_of(queries: Tensor, prompt_k: Tensor, prompt_v: Tensor, evicted_v: Tens
     weights = (torch.maximum(queries_rms, least) / torch.maximum(keys_rms, least)).sqrt()
     mu = prompt_v.mean(0)
     coded = torch.stack([_coded_value(row, kind) for row in _rotate(evicted_v - mu)])
-    return Rest(torch.maximum(weights, least), mu + _unrotate(coded)[:, : len(mu)])
+    return Rest(torch.maximum(weights, least), mu + _unrotate(coded)[:, : len(mu)], mu)
 
 
 @dataclass
@@ -130,7 +132,9 @@ class HeadRecall:
             return out, lse
         logits = torch.cat([lse.unsqueeze(-1), self._estimates(q)[:, unread]], dim=-1)
         weights = logits.softmax(-1)
-        return weights[:, :1] * out + weights[:, 1:] @ rest.v[unread], logits.logsumexp(-1)
+        small = [16 * len(self.shares) * self.shares[i // PAGE] < 1 for i in unread]  # these count, at the mean value
+        v = torch.where(torch.tensor(small).unsqueeze(-1), rest.mu, rest.v[unread])
+        return weights[:, :1] * out + weights[:, 1:] @ v, logits.logsumexp(-1)
 
     def _estimates(self, q: Tensor) -> Tensor:
         """Logits [group, m] from the sketch; with a rest less what noise adds to the mean of their exponentials."""

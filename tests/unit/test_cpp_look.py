@@ -129,7 +129,7 @@ def test_negligible_pages_give_their_weight_to_the_mean_value(operator: Any, bit
     state = case.in_torch(torch.tensor([1]), 0.4)[1]
     small = shares.amax(0) * shares.shape[1] < 0.4
     small[1] = False
-    assert 5 < small.sum() < 50 and not torch.equal(state.out, exact.out)
+    assert 5 < small.sum() < 56 and not torch.equal(state.out, exact.out)
     assert torch.equal(state.lse, exact.lse)
     of_rest = shares[:, small].sum(-1) / (shares.sum(-1) - shares[:, 1])
     decoded_length = 2.0 * case.value_scales.float().max() * 64**0.5

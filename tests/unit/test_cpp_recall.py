@@ -154,7 +154,7 @@ def test_equals_the_reference(dtype: torch.dtype, group: int, head_dim: int) -> 
     compare(Case(dtype, group, head_dim))
 
 
-def compare(case: Case, steps: int = 4) -> None:
+def compare(case: Case, steps: int = 4, apart_by: float = 3e-6) -> None:
     """Both take the same steps from the same state; rows at a tie are set aside, and are few."""
     tied = 0
     for _ in range(steps):
@@ -164,8 +164,8 @@ def compare(case: Case, steps: int = 4) -> None:
         (result, layers), (cpp_result, cpp_layers) = (case.step(operators) for operators in (ReferenceSet, CppSet))
         table, cpp_table, store, cpp_store = layers.table, cpp_layers.table, layers.store, cpp_layers.store
         slots = case.slots[~apart]
-        close = {"rtol": 1e-5, "atol": 3e-6}
-        rounded = {"rtol": 1e-5 + ROUNDING[case.model.dtype], "atol": 3e-6 + ROUNDING[case.model.dtype] / 4}
+        close = {"rtol": 1e-5, "atol": apart_by}
+        rounded = {"rtol": 1e-5 + ROUNDING[case.model.dtype], "atol": apart_by + ROUNDING[case.model.dtype] / 4}
         torch.testing.assert_close(cpp_result[~apart], result[~apart], **rounded)
         assert torch.equal(cpp_table.counts[slots], table.counts[slots])
         assert torch.equal(cpp_table.query[:, slots], table.query[:, slots])
@@ -195,7 +195,7 @@ def test_equals_the_reference_with_a_rest(
     dtype: torch.dtype, group: int, head_dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(f"{__name__}.HOW", HOW_WITH_REST)
-    compare(Case(dtype, group, head_dim))
+    compare(Case(dtype, group, head_dim), apart_by=2e-5)  # a rest sums over many more tokens
 
 
 @pytest.mark.parametrize("operators", [ReferenceSet, CppSet])
