@@ -65,7 +65,7 @@ def held_by(
         (one.buffer_pages, engine["buffer"]["total_pages"]),
     ):
         fit = min(fit, total // needed) if needed else fit
-    recall = one.sketch_blocks * sketch_block_bytes(shape) + one.buffer_pages * buffer_page_bytes(shape)
+    recall = one.sketch_blocks * sketch_block_bytes(shape, server) + one.buffer_pages * buffer_page_bytes(shape)
     return {
         "full": {
             "tokens": prompt + answer,
