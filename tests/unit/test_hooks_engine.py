@@ -185,8 +185,11 @@ def test_every_class_derived_from_one_of_vllms_is_whole_and_is_checked() -> None
                 derived.add(cls)
     for cls in derived:
         require_instantiable(cls)
+    from vllm_calidrop.forcing import ForcedTokens
     from vllm_calidrop.hooks.api.retry import PoolFullError
 
+    # vLLM makes the former when an engine starts, for evaluations only; the latter is a plain exception.
+    need_no_check = {ForcedTokens, PoolFullError}
     checked = {
         CaliDropBackend,
         CaliDropBackend.get_builder_cls(),
@@ -194,9 +197,8 @@ def test_every_class_derived_from_one_of_vllms_is_whole_and_is_checked() -> None
         pending_output.PendingOutput,
         block_manager.CaliDropManager,
         spec.CaliDropSpec,
-        PoolFullError,
     }
-    assert derived == checked
+    assert derived == checked | need_no_check
 
 
 def test_a_pending_output_passes_on_what_vllm_asks_for() -> None:
