@@ -28,12 +28,21 @@ CONVERTER := $(shell grep -E '^(accelerate|gguf)==' requirements/dev.lock)
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
+# The tests that the overlay runs: the hooks', asynchronous scheduling with compressed requests (on vLLM's V1 model runner,
+# against the reference), the same identities on V2, the plugin installed and not selected, and HTTP.
+OVERLAY_TESTS := tests/unit/test_hooks_api.py tests/unit/test_hooks_engine.py \
+	tests/engine/test_async_scheduling.py tests/engine/test_v2_runner.py \
+	$(addprefix tests/engine/test_startup.py::test_,every_hook_refuses_what_it_does_not_know \
+		without_the_backend_the_plugin_changes_nothing configuration_travels_to_a_process_without_plugins) \
+	$(addprefix tests/engine/test_http_api.py::test_,combinations other_routes completion two_prompts_times_two_choices \
+		stream_reports_on_its_last_chunk chat responses aborted_by_the_server)
+
 # With more threads than idle cores every OpenMP region costs a time slice; and nothing is fetched while tests run.
-test test-unit test-engine test-full: export OMP_NUM_THREADS = 1
-test test-unit test-engine test-full: export HF_HUB_OFFLINE = 1
+test test-unit test-overlay test-engine test-full overlay: export OMP_NUM_THREADS = 1
+test test-unit test-overlay test-engine test-full overlay: export HF_HUB_OFFLINE = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install install-dev models test test-unit test-engine test-full lint format lock clean
+.PHONY: help serve install install-dev models overlay test test-unit test-overlay test-engine test-full lint format lock clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -59,7 +68,7 @@ install-dev: $(VENV)/.installed-dev ## the same, and the test tools
 models: $(VENV)/.installed-dev ## the natural language model that engine tests use, into the user's cache (docs/evaluation.md)
 	$(BIN)/python -m benchmarks.models smollm2-135m
 
-test: lint test-unit test-engine ## everything that CI runs
+test: lint test-unit test-overlay test-engine ## everything that CI runs
 
 test-unit: $(VENV)/.installed-dev ## the tests that start no engine
 	$(PYTEST) tests/unit -n auto $(ARGS)
@@ -70,6 +79,11 @@ test-engine: $(VENV)/.installed-dev $(VENV)-lm-eval/.installed models ## the cov
 
 test-full: $(VENV)/.installed-dev models ## the whole matrix against the real engine (hours)
 	$(PYTEST) tests/engine -m full $(ARGS)
+
+test-overlay: $(VENV)-overlay/.installed ## what depends on vLLM, on the newer release of requirements/overlay.lock
+	$(VENV)-overlay/bin/python -m pytest $(OVERLAY_TESTS) $(ARGS)
+
+overlay: $(VENV)-overlay/.installed ## an environment with that release's Python files over the CPU extensions
 
 lint: $(VENV)/.installed-dev ## ruff and mypy
 	$(BIN)/ruff check .
@@ -84,7 +98,7 @@ lock: $(VENV)/.installed-dev ## write requirements/*.lock from the environment a
 	$(BIN)/python requirements/make_locks.py
 
 clean: ## remove the environment and everything that was built
-	rm -rf $(VENV) $(VENV)-lm-eval build *.egg-info requirements/vllm_metadata/build requirements/vllm_metadata/*.egg-info
+	rm -rf $(VENV) $(VENV)-lm-eval $(VENV)-overlay build *.egg-info requirements/vllm_metadata/build requirements/vllm_metadata/*.egg-info
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(BIN)/python:
@@ -109,4 +123,9 @@ $(VENV)/.installed-dev: requirements/dev.lock $(VENV)/.installed
 $(VENV)-lm-eval/.installed: requirements/lm-eval.lock | $(BIN)/python
 	$(PYTHON) -m venv $(VENV)-lm-eval
 	$(VENV)-lm-eval/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r requirements/lm-eval.lock
+	@touch $@
+
+# It lies over the environment below it, which gives it the extensions, vLLM's requirements, this package and the tests'.
+$(VENV)-overlay/.installed: requirements/overlay.py requirements/overlay.lock $(VENV)/.installed-dev
+	$(BIN)/python requirements/overlay.py $(VENV)-overlay
 	@touch $@
