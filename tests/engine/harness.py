@@ -123,7 +123,7 @@ class Engine:
         pool = self.scheduler.kv_cache_manager.block_pool
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1  # the null block is never free
         assert not self.scheduler.requests
-        if self.scheduler.calidrop is not None:
+        if hasattr(self.scheduler, "calidrop"):
             assert set(self.scheduler.calidrop.in_use.values()) == {0}, self.scheduler.calidrop.in_use
             assert len(self.worker.calidrop.sequences) == 0
 

@@ -21,11 +21,14 @@ pytestmark = pytest.mark.engine
 def engine() -> Iterator[Engine]:
     from vllm.platforms.cpu import CpuPlatform
 
+    from vllm_calidrop.hooks.engine.scheduler import use_our_scheduler
+
     checked = CpuPlatform.check_and_update_config
 
     def keeping_async(cls: type, vllm_config: Any) -> None:
         checked(vllm_config)
         vllm_config.scheduler_config.async_scheduling = True
+        use_our_scheduler(vllm_config)  # once more, as after a rebuilt configuration: now over the asynchronous one
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CpuPlatform, "check_and_update_config", classmethod(keeping_async))

@@ -247,17 +247,15 @@ def test_an_engine_whose_hooks_are_missing(llama: str, monkeypatch: pytest.Monke
             assert_tells_symbol_and_versions(refusal.value, symbol)
 
 
-def test_a_worker_that_gives_all_memory_away() -> None:
-    """Its own `determine_available_memory` leaves nothing to us."""
-    from vllm.v1.worker.gpu_worker import Worker
+def test_an_engine_with_another_scheduler_than_ours(llama: str) -> None:
+    """The configuration was changed after it was checked: a budget would be without effect."""
+    from vllm.v1.engine.core import EngineCore
 
-    class Elsewhere(Worker):
-        def determine_available_memory(self) -> int:
-            return 0
-
+    config = create_config(llama)
+    config.scheduler_config.scheduler_cls = None
     with pytest.raises(HookError) as refusal:
-        object.__new__(Elsewhere).calidrop_allocate(1)
-    assert_tells_symbol_and_versions(refusal.value, "Elsewhere.determine_available_memory")
+        EngineCore._initialize_kv_caches(SimpleNamespace(), config)
+    assert_tells_symbol_and_versions(refusal.value, "Scheduler is used without our methods")
 
 
 def run_python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -276,7 +274,8 @@ from vllm_calidrop import hooks
 from vllm_calidrop.hooks import on_import, wrap
 
 # What the hooks want to wrap: asked once, without wrapping.
-parts = [importlib.import_module(f"{hooks.__name__}.{part.name}") for part in pkgutil.iter_modules(hooks.__path__)]
+found = pkgutil.walk_packages(hooks.__path__, f"{hooks.__name__}.")
+parts = [importlib.import_module(part.name) for part in found]
 wanted = []
 for part in parts:
     if hasattr(part, "install"):
@@ -373,6 +372,45 @@ def test_configuration_travels_to_a_process_without_plugins(llama: str, tmp_path
     ], run.stderr[-3000:]
 
 
+OWN_CLASSES = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+def main():
+    llm = LLM(sys.argv[1], attention_backend="CALIDROP", dtype="float32", skip_tokenizer_init=True, enforce_eager=True,
+              max_num_seqs=4, scheduler_cls="tests.support.own_classes.CountingScheduler",
+              worker_extension_cls="tests.support.own_classes.Extension")
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True, detokenize=False, extra_args={"kv_budget": 8})
+    params.extra_args["kv_window"] = 4
+    (output,) = llm.generate([{"prompt_token_ids": list(range(10, 110))}], params, use_tqdm=False)
+    print(json.dumps({
+        "report": output.outputs[0].calidrop, "kv_transfer_params": output.kv_transfer_params,
+        "worker": llm.collective_rpc("classes_of_worker")[0],
+    }))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_the_users_scheduler_and_worker_extension_go_on_working(llama: str, tmp_path: Path) -> None:
+    """In an engine process of its own, which gets their names with the configuration."""
+    script = tmp_path / "own_classes.py"
+    script.write_text(OWN_CLASSES)
+    run = subprocess.run(
+        [sys.executable, str(script), llama],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    answer = json.loads(run.stdout.splitlines()[-1])
+    assert (answer["report"]["kept"], answer["report"]["evicted"]) == (8, 92)
+    assert answer["kv_transfer_params"]["steps"] >= 5, "the user's scheduler ran"
+    assert {"Extension", "CompressingWorker", "CPUWorker"} <= set(answer["worker"])
+
+
 STOCK = """
 import json, random, sys
 from vllm import LLM, SamplingParams
@@ -388,7 +426,8 @@ worker = core.model_executor.driver_worker.worker
 if "vllm_calidrop" in sys.modules:
     from vllm_calidrop.hooks.wrap import installed_hooks
     assert len(installed_hooks()) > 10
-    assert core.scheduler.calidrop is None and worker.calidrop is None
+    assert type(core.scheduler).__module__.startswith("vllm.v1.") and type(worker).__module__.startswith("vllm.v1.")
+    assert not hasattr(core.scheduler, "calidrop") and not hasattr(worker, "calidrop")
     assert not hasattr(core.scheduler.kv_cache_manager, "calidrop")
     assert all(output.calidrop is None for output in outputs)
     ours = tuple(f"vllm_calidrop.{module}" for module in ("scheduler.ledger", "worker.build", "attention."))

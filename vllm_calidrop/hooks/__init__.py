@@ -4,19 +4,13 @@ from __future__ import annotations
 
 
 def install_engine_hooks() -> None:
-    """The engine's and the workers' side: decisions, records, counters, memory. Each waits for its module's import."""
-    from vllm_calidrop.hooks.engine import (
-        cudagraphs,
-        engine_core,
-        kv_cache_manager,
-        memory,
-        platform,
-        scheduler,
-        shutdown,
-        worker,
-    )
+    """The engine's and the workers' side. Each waits for its module's import, but for the platform's.
 
-    for hook in (platform, engine_core, scheduler, kv_cache_manager, worker, memory, cudagraphs, shutdown):
+    Scheduler and worker are not wrapped: the platform's hook puts classes of ours into the configuration.
+    """
+    from vllm_calidrop.hooks.engine import cudagraphs, engine_core, platform, shutdown
+
+    for hook in (platform, engine_core, cudagraphs, shutdown):
         hook.install()
 
 

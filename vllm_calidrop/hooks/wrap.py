@@ -64,17 +64,21 @@ def wrap_method(
         return
     if not callable(original):
         raise hook_error(f"{symbol} is a {type(original).__name__}, not a method", needed_by)
-    found = tuple(inspect.signature(original).parameters)
-    if found[: len(expected_params)] != expected_params:
-        raise hook_error(
-            f"{symbol} takes ({', '.join(found)}), expected it to begin with ({', '.join(expected_params)})",
-            needed_by,
-        )
+    require_parameters(symbol, original, expected_params, needed_by)
 
     wrapper = functools.wraps(original)(make_wrapper(original))
     setattr(wrapper, _MARK, original)
     setattr(owner, name, type(raw)(wrapper) if isinstance(raw, _DESCRIPTORS) else wrapper)
     _installed[symbol] = Hook(symbol, f"{needed_by}.{make_wrapper.__qualname__}", owner, name)
+
+
+def require_parameters(symbol: str, function: Callable[..., Any], expected: tuple[str, ...], needed_by: str) -> None:
+    """HookError unless the signature of `function`, which `symbol` names, begins with the expected parameters."""
+    found = tuple(inspect.signature(function).parameters)
+    if found[: len(expected)] != expected:
+        raise hook_error(
+            f"{symbol} takes ({', '.join(found)}), expected it to begin with ({', '.join(expected)})", needed_by
+        )
 
 
 def require_installed(symbols: tuple[str, ...], needed_by: str) -> None:

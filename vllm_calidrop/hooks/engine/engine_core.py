@@ -14,19 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from vllm_calidrop.hooks.engine.scheduler import require_our_scheduler
 from vllm_calidrop.hooks.on_import import when_imported
 from vllm_calidrop.hooks.wrap import require_installed, require_instantiable, require_wraps_in_use, wrap_method
 from vllm_calidrop.selection import is_selected
 
 # Wrapped in this process, or a budget would be without effect.
-_REQUIRED = (
-    "vllm.v1.executor.abstract.Executor.initialize_from_config",
-    "vllm.v1.core.sched.scheduler.Scheduler.__init__",
-    "vllm.v1.core.sched.scheduler.Scheduler.schedule",
-    "vllm.v1.core.sched.scheduler.Scheduler.update_from_output",
-    "vllm.v1.core.kv_cache_manager.KVCacheManager.get_computed_blocks",
-    "vllm.v1.core.kv_cache_manager.KVCacheManager.allocate_slots",
-)
+_REQUIRED = ("vllm.v1.executor.abstract.Executor.initialize_from_config",)
 
 
 def install() -> None:
@@ -54,9 +48,8 @@ def _check_first(original: Callable[..., Any]) -> Callable[..., Any]:
         from vllm_calidrop.scheduler import block_manager, spec
         from vllm_calidrop.settings.defaults import VersionedSettings
         from vllm_calidrop.settings.server import ServerSettings
-        from vllm_calidrop.support import refuse_scheduler
 
-        refuse_scheduler(vllm_config.scheduler_config.get_scheduler_cls())
+        require_our_scheduler(vllm_config)
         require_installed(_REQUIRED, __name__)
         for cls in (type(self), type(self.model_executor)):
             require_wraps_in_use(cls)

@@ -1,52 +1,33 @@
-"""Admission happens inside vLLM's KV-cache manager, which asks nobody; two of its methods are wrapped.
+"""vLLM's KV-cache manager with two methods of ours in front of its own: admission happens there, and it asks nobody.
 
 `get_computed_blocks`: a prefix-cache hit is cut so that compaction never writes a shared block and the policy sees the
 queries it needs. `allocate_slots`: a request that holds no decision yet is being admitted; it is decided there, before
 its blocks are taken, and waits while its uncompressed prompt would make a running sequence be preempted.
+
+The manager that a scheduler has made is turned into an object of the mixed class (hooks/engine/scheduler.py), because
+no setting names its class.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from vllm_calidrop.hooks.on_import import when_imported
-from vllm_calidrop.hooks.wrap import wrap_method
+from vllm_calidrop.hooks.mixed import Below, Mixture
 
 
-def install() -> None:
-    when_imported("vllm.v1.core.kv_cache_manager", _wrap)
+class DecidingManager(Below):
+    """Mixed into vLLM's KVCacheManager. calidrop: the ledger. calidrop_chunk: most tokens of a prompt in one step."""
 
-
-def _wrap(module: Any) -> None:
-    KVCacheManager = module.KVCacheManager
-    wrap_method(KVCacheManager, "get_computed_blocks", _cut_hits, ("self", "request"))
-    wrap_method(
-        KVCacheManager,
-        "allocate_slots",
-        _decide_admission,
-        ("self", "request", "num_new_tokens", "num_new_computed_tokens", "new_computed_blocks"),
-    )
-
-
-def _cut_hits(original: Callable[..., Any]) -> Callable[..., Any]:
-    def get_computed_blocks(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        found = original(self, request, *args, **kwargs)
-        ledger = getattr(self, "calidrop", None)
-        if ledger is None:
-            return found
+    def get_computed_blocks(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        found = super().get_computed_blocks(request, *args, **kwargs)
         blocks, hit_tokens, *rest = found
-        allowed = ledger.allowed_hit(request, hit_tokens)
+        allowed = self.calidrop.allowed_hit(request, hit_tokens)
         if allowed == hit_tokens:
             return found
         return (self.truncate_computed_blocks(blocks, allowed), allowed, *rest)
 
-    return get_computed_blocks
-
-
-def _decide_admission(original: Callable[..., Any]) -> Callable[..., Any]:
     def allocate_slots(
-        self: Any,
+        self,
         request: Any,
         num_new_tokens: int,
         num_new_computed_tokens: int = 0,
@@ -54,26 +35,42 @@ def _decide_admission(original: Callable[..., Any]) -> Callable[..., Any]:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        def allocate() -> Any:
-            return original(
-                self, request, num_new_tokens, num_new_computed_tokens, new_computed_blocks, *args, **kwargs
-            )
-
-        ledger = getattr(self, "calidrop", None)
-        if ledger is None or ledger.is_admitted(request):
-            return allocate()
+        allocate = super().allocate_slots
+        arguments = (request, num_new_tokens, num_new_computed_tokens, new_computed_blocks, *args)
+        ledger = self.calidrop
+        if ledger.is_admitted(request):
+            return allocate(*arguments, **kwargs)
         if ledger.must_wait(request, _blocks(self, new_computed_blocks)):
             return None
         if not ledger.admit(request):
             return None
-        blocks = allocate()
+        blocks = allocate(*arguments, **kwargs)
         if blocks is None:
             ledger.cancel(request)
         else:
             ledger.confirm(request)
         return blocks
 
-    return allocate_slots
+
+_MIXTURE = Mixture(
+    __name__,
+    DecidingManager,
+    {
+        "get_computed_blocks": ("self", "request"),
+        "allocate_slots": (
+            "self",
+            "request",
+            "num_new_tokens",
+            "num_new_computed_tokens",
+            "new_computed_blocks",
+        ),
+    },
+)
+
+
+def deciding(manager: type) -> type:
+    """The class of this manager with our methods in front."""
+    return _MIXTURE.of(manager)
 
 
 def _blocks(manager: Any, hit_blocks: Any) -> Any:

@@ -2,8 +2,9 @@
 
 `get_attn_backend_cls` is wrapped so that CALIDROP resolves to our class on CPU; other platforms validate it themselves.
 `check_and_update_config` is wrapped because it is the one place that sees every finished VllmConfig, in the process the
-user started, before any memory or process is spent; on CUDA as on CPU. The CPU hook does not wait for an import: the
-other hooks' modules are looked for here, so that one that vLLM has renamed is an error and not a hook that never comes.
+user started, before any memory or process is spent; on CUDA as on CPU. Our scheduler and worker are put into it there.
+The CPU hook does not wait for an import: the other hooks' modules are looked for here, so that one that vLLM has
+renamed is an error and not a hook that never comes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_calidrop.compat import check_vllm_version
+from vllm_calidrop.hooks.engine.scheduler import use_our_scheduler
+from vllm_calidrop.hooks.engine.worker import use_our_worker
 from vllm_calidrop.hooks.on_import import require_awaited_modules, when_imported
 from vllm_calidrop.hooks.registration import BACKEND_PATH
 from vllm_calidrop.hooks.wrap import hook_error, wrap_method
@@ -62,5 +65,7 @@ def _check(original: Callable[..., None]) -> Callable[..., None]:
             refuse_config(vllm_config)
             server = ServerSettings.from_additional_config(vllm_config.additional_config)
             refuse_settings(resolve_request({}, server))
+            use_our_scheduler(vllm_config)
+            use_our_worker(vllm_config)
 
     return check_and_update_config

@@ -1,81 +1,63 @@
-"""vLLM's scheduler has no place for a plugin's per-request decisions, so three of its methods are wrapped.
+"""The scheduler that the configuration ends with, with three methods of ours in front of its own.
 
 `__init__`: the ledger is made beside it and handed to the block manager. `schedule`: the step's records leave with its
 output. `update_from_output`: the workers' counters come in, and every request's report goes out with its new tokens
 (inside `kv_transfer_params`, the one free-form field that reaches the API process; it is taken out again there).
 There, too, a request that the ledger refused is ended.
+
+vLLM has a setting for the scheduler's class, `scheduler_cls`, so nothing is wrapped: when the configuration is complete
+(hooks/engine/platform.py), the setting names a class mixed from these methods and the class that would have been used,
+which may be vLLM's synchronous or asynchronous one or the user's own. vLLM then warns that a custom scheduler is used
+and that it may be slow because it is not asynchronous; the second half does not apply here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from vllm_calidrop.hooks.on_import import when_imported
-from vllm_calidrop.hooks.wrap import wrap_method
+from vllm_calidrop.hooks.engine.kv_cache_manager import deciding
+from vllm_calidrop.hooks.mixed import Below, Mixture
+from vllm_calidrop.hooks.wrap import hook_error
 from vllm_calidrop.records import COUNTERS_ATTRIBUTE, MEASURES_ATTRIBUTE, RECORDS_ATTRIBUTE
-from vllm_calidrop.selection import is_selected
 from vllm_calidrop.settings.request import REPORT_KEY
 
-
-def install() -> None:
-    when_imported("vllm.v1.core.sched.scheduler", _wrap)
-
-
-def _wrap(module: Any) -> None:
-    Scheduler = module.Scheduler
-    wrap_method(Scheduler, "__init__", _with_ledger, ("self", "vllm_config", "kv_cache_config"))
-    wrap_method(Scheduler, "schedule", _send_records, ("self",))
-    wrap_method(
-        Scheduler,
-        "update_from_output",
-        _exchange_reports,
-        ("self", "scheduler_output", "model_runner_output"),
-    )
+_SYNCHRONOUS = "vllm.v1.core.sched.scheduler.Scheduler"
+_ASYNCHRONOUS = "vllm.v1.core.sched.async_scheduler.AsyncScheduler"
 
 
-def _with_ledger(original: Callable[..., None]) -> Callable[..., None]:
-    def __init__(self: Any, vllm_config: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, vllm_config, kv_cache_config, *args, **kwargs)
-        self.calidrop = None
-        if is_selected(vllm_config):
-            from vllm_calidrop.scheduler.build import make_ledger
+class CompressingScheduler(Below):
+    """Mixed into a scheduler of vLLM's, which comes after it in the order of classes. calidrop: the ledger."""
 
-            self.calidrop = make_ledger(vllm_config, kv_cache_config)
-            self.kv_cache_manager.calidrop = self.calidrop
-            self.kv_cache_manager.calidrop_chunk = min(
-                self.max_num_scheduled_tokens,
-                self.scheduler_config.long_prefill_token_threshold or self.max_num_scheduled_tokens,
-            )
-            for manager in self.kv_cache_manager.coordinator.single_type_managers:
-                manager.ledger = self.calidrop
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
+        from vllm_calidrop.scheduler.build import make_ledger
 
-    return __init__
+        self.calidrop = make_ledger(vllm_config, kv_cache_config)
+        manager = self.kv_cache_manager
+        manager.__class__ = deciding(type(manager))
+        manager.calidrop = self.calidrop
+        manager.calidrop_chunk = min(
+            self.max_num_scheduled_tokens,
+            self.scheduler_config.long_prefill_token_threshold or self.max_num_scheduled_tokens,
+        )
+        for group in manager.coordinator.single_type_managers:
+            group.ledger = self.calidrop
 
-
-def _send_records(original: Callable[..., Any]) -> Callable[..., Any]:
-    def schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
-        scheduler_output = original(self, *args, **kwargs)
-        if self.calidrop is not None:
-            setattr(scheduler_output, RECORDS_ATTRIBUTE, self.calidrop.step_scheduled())
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        scheduler_output = super().schedule(*args, **kwargs)
+        setattr(scheduler_output, RECORDS_ATTRIBUTE, self.calidrop.step_scheduled())
         return scheduler_output
-
-    return schedule
-
-
-def _exchange_reports(original: Callable[..., Any]) -> Callable[..., Any]:
-    from vllm.v1.engine import EngineCoreOutputs
 
     def update_from_output(
         self: Any, scheduler_output: Any, model_runner_output: Any, *args: Any, **kwargs: Any
     ) -> Any:
+        from vllm.v1.engine import EngineCoreOutputs
+
         ledger = self.calidrop
-        if ledger is None:
-            return original(self, scheduler_output, model_runner_output, *args, **kwargs)
         ledger.step_processed(getattr(model_runner_output, COUNTERS_ATTRIBUTE, {}))
         ledger.totals.measured(getattr(model_runner_output, MEASURES_ATTRIBUTE, None))
         refusals = _end_refused(self, ledger)
-        by_client = original(self, scheduler_output, model_runner_output, *args, **kwargs)
+        by_client = super().update_from_output(scheduler_output, model_runner_output, *args, **kwargs)
         for client, output in refusals:
             by_client.setdefault(client, EngineCoreOutputs()).outputs.append(output)
         for outputs in by_client.values():
@@ -88,7 +70,47 @@ def _exchange_reports(original: Callable[..., Any]) -> Callable[..., Any]:
         ledger.forget(alive=self.requests)
         return by_client
 
-    return update_from_output
+
+_MIXTURE = Mixture(
+    __name__,
+    CompressingScheduler,
+    {
+        "__init__": ("self", "vllm_config", "kv_cache_config"),
+        "schedule": ("self",),
+        "update_from_output": ("self", "scheduler_output", "model_runner_output"),
+    },
+)
+
+
+def __getattr__(name: str) -> Any:
+    return _MIXTURE.by_name(name)
+
+
+def use_our_scheduler(vllm_config: Any) -> None:
+    """Make `scheduler_cls` name the mixed class, and make that class: what does not fit is an error at once.
+
+    It is called again for a configuration that vLLM rebuilds, whose choice between its own two may have changed.
+    """
+    config = vllm_config.scheduler_config
+    chosen = _MIXTURE.base_path(config.scheduler_cls) or config.scheduler_cls
+    if chosen in (None, _SYNCHRONOUS, _ASYNCHRONOUS):
+        chosen = _ASYNCHRONOUS if config.async_scheduling else _SYNCHRONOUS
+    elif config.scheduler_cls is chosen:
+        from vllm.utils.import_utils import resolve_obj_by_qualname
+
+        from vllm_calidrop.support import refuse_scheduler
+
+        chosen = resolve_obj_by_qualname(chosen) if isinstance(chosen, str) else chosen
+        refuse_scheduler(chosen)
+    config.scheduler_cls = _MIXTURE.path_of(chosen)
+    _MIXTURE.by_name(config.scheduler_cls.rpartition(".")[2])
+
+
+def require_our_scheduler(vllm_config: Any) -> None:
+    """HookError unless the configuration names a mixed class: with any other one a budget would be without effect."""
+    scheduler = vllm_config.scheduler_config.get_scheduler_cls()
+    if not issubclass(scheduler, CompressingScheduler):
+        raise hook_error(f"{scheduler.__module__}.{scheduler.__qualname__} is used without our methods", __name__)
 
 
 def _end_refused(scheduler: Any, ledger: Any) -> list[tuple[int, Any]]:
