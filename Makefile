@@ -30,11 +30,12 @@ export VLLM_NO_USAGE_STATS ?= 1
 
 # The tests that the overlay runs: the hooks', asynchronous scheduling with compressed requests (on vLLM's V1 model runner,
 # against the reference), the same identities on V2, the plugin installed and not selected, and HTTP.
-OVERLAY_TESTS := tests/unit/test_hooks_api.py tests/unit/test_hooks_engine.py \
+OVERLAY_TESTS := $(addprefix tests/unit/,test_hooks_api.py test_hooks_engine.py test_mixed.py) \
 	tests/engine/test_async_scheduling.py tests/engine/test_v2_runner.py \
 	$(addprefix tests/engine/test_startup.py::test_,every_hook_refuses_what_it_does_not_know \
-		without_the_backend_the_plugin_changes_nothing configuration_travels_to_a_process_without_plugins) \
-	$(addprefix tests/engine/test_http_api.py::test_,combinations other_routes completion two_prompts_times_two_choices \
+		without_the_backend_the_plugin_changes_nothing the_users_scheduler_and_worker_extension_go_on_working \
+		configuration_travels_to_a_process_without_plugins) \
+	$(addprefix tests/engine/test_http_api.py::test_,combinations other_routes messages completion two_prompts_times_two_choices \
 		stream_reports_on_its_last_chunk chat responses aborted_by_the_server)
 
 # With more threads than idle cores every OpenMP region costs a time slice; and nothing is fetched while tests run.

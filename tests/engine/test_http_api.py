@@ -222,10 +222,31 @@ def test_other_routes(http: httpx.Client, model: str) -> None:
     prompt = answer.json()["usage"]["prompt_tokens"] // 2
     assert_reports(answer.json()["calidrop"], [prompt, prompt])
 
-    anthropic = {"model": model, "messages": [message], "max_tokens": 3}
-    response = http.post("/v1/messages", json=anthropic | {"kv_budget": 0})
-    assert response.status_code == 400
-    assert "kv_budget" in response.text
+    streamed = http.post("/v1/chat/completions/batch", json=batch | {"kv_budget": BUDGET, "stream": True})
+    assert streamed.status_code == 400, "vLLM streams no batches; if it does, they must carry the reports"
+
+
+@pytest.mark.parametrize("budget", [BUDGET, None])
+def test_messages(http: httpx.Client, model: str, budget: int | None) -> None:
+    """Anthropic's route, whose response vLLM translates from a chat completion."""
+    body = {"model": model, "messages": [{"role": "user", "content": TEXT}], "max_tokens": 3}
+    for stream in (False, True):
+        response = http.post("/v1/messages", json=body | {"kv_budget": 0, "stream": stream})
+        assert response.status_code == 400
+        assert "kv_budget" in response.text
+    answer = http.post("/v1/messages", json=body | {"kv_budget": budget})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["type"] == "message" and answer.json()["content"]
+    prompt = answer.json()["usage"]["input_tokens"] + answer.json()["usage"].get("cache_read_input_tokens", 0)
+    assert_reports(answer.json()["calidrop"], [prompt], budget)
+
+    with http.stream("POST", "/v1/messages", json=body | {"kv_budget": budget, "stream": True}) as response:
+        lines = [line for line in response.iter_lines() if line]
+    names = [line.removeprefix("event: ") for line in lines[::2]]
+    events = [json.loads(line.removeprefix("data: ")) for line in lines[1::2]]
+    assert names == [event["type"] for event in events] and names[-2:] == ["message_delta", "message_stop"]
+    assert [event["type"] for event in events if "calidrop" in event] == ["message_delta"]
+    assert_reports(events[-2]["calidrop"], [prompt], budget)
 
 
 def test_token_route(http: httpx.Client, model: str) -> None:

@@ -166,8 +166,13 @@ def test_an_api_key_changes_nothing_and_the_admin_key_reads(http: httpx.Client) 
 def test_documentation_has_every_field(http: httpx.Client) -> None:
     assert http.get("/docs").status_code == 200
     document = http.get("/openapi.json").json()
-    for route in ("completions", "chat/completions", "chat/completions/batch", "responses"):
-        body = document["paths"][f"/v1/{route}"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    for route in ("completions", "chat/completions", "chat/completions/batch", "responses", "messages"):
+        operation = document["paths"][f"/v1/{route}"]["post"]
+        response = operation["responses"]["200"]["content"]["application/json"]["schema"]
+        assert response["properties"]["calidrop"]["items"]["anyOf"][0] == {
+            "$ref": "#/components/schemas/CaliDropReport"
+        }
+        body = operation["requestBody"]["content"]["application/json"]["schema"]
         properties = document["components"]["schemas"][body["$ref"].rpartition("/")[2]]["properties"]
         for name in RequestSettings.model_fields:
             assert properties[name]["description"], name
@@ -177,6 +182,10 @@ def test_documentation_has_every_field(http: httpx.Client) -> None:
         assert properties["kv_theta1"]["default"] == 0.7
         assert properties["kv_policy"]["enum"] == ["snapkv", "h2o", "streaming_llm", "full"]
         assert properties["kv_budget"]["anyOf"][0] == {"type": "integer", "minimum": 1, "maximum": 2**31 - 1}
+    answer = http.post("/v1/completions", json=COMPLETION | {"kv_budget": BUDGET}, headers=KEY).json()
+    (report,) = answer["calidrop"]
+    documented = document["components"]["schemas"]["CaliDropReport"]
+    assert set(report) == set(documented["properties"]) >= set(documented["required"])
     changes = document["paths"]["/calidrop/defaults"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert set(document["components"]["schemas"][changes["$ref"].rpartition("/")[2]]["properties"]) == set(
         RequestSettings.model_fields

@@ -135,7 +135,6 @@ def test_installing_imports_neither_vllm_nor_torch_and_prints_nothing() -> None:
 # On the real vLLM
 
 API_SYMBOLS = {
-    "vllm.v1.engine.input_processor.InputProcessor.__init__",
     "vllm.v1.engine.input_processor.InputProcessor.process_inputs",
     "vllm.v1.engine.output_processor.RequestState.make_request_output",
     "vllm.v1.engine.output_processor.RequestState._new_completion_output",
@@ -146,18 +145,13 @@ API_SYMBOLS = {
     "vllm.entrypoints.openai.chat_completion.protocol.ChatCompletionRequest.to_sampling_params",
     "vllm.entrypoints.openai.responses.protocol.ResponsesRequest.to_sampling_params",
     "vllm.entrypoints.openai.completion.serving.OpenAIServingCompletion.create_completion",
-    "vllm.entrypoints.openai.completion.serving.OpenAIServingCompletion.request_output_to_completion_response",
-    "vllm.entrypoints.openai.completion.serving.OpenAIServingCompletion.completion_stream_generator",
     "vllm.entrypoints.openai.chat_completion.serving.OpenAIServingChat.create_chat_completion",
-    "vllm.entrypoints.openai.chat_completion.serving.OpenAIServingChat.chat_completion_full_generator",
-    "vllm.entrypoints.openai.chat_completion.serving.OpenAIServingChat.chat_completion_stream_generator",
     "vllm.entrypoints.openai.chat_completion.batch_serving.OpenAIServingChatBatch.create_batch_chat_completion",
-    "vllm.entrypoints.openai.chat_completion.batch_serving.OpenAIServingChatBatch.chat_completion_full_generator_batch",
     "vllm.entrypoints.openai.responses.serving.OpenAIServingResponses.create_responses",
     "vllm.entrypoints.openai.responses.serving.OpenAIServingResponses.responses_full_generator",
-    "vllm.entrypoints.openai.responses.context.SimpleContext.append_output",
-    "vllm.entrypoints.openai.responses.context.ParsableContext.append_output",
-    "vllm.entrypoints.openai.responses.context.HarmonyContext.append_output",
+    "vllm.entrypoints.anthropic.serving.AnthropicServingMessages.create_messages",
+    "vllm.entrypoints.launchers.app.init_exception_handler",
+    "vllm.v1.engine.async_llm.AsyncLLM.generate",
     "vllm.entrypoints.scale_out.token_in_token_out.serving.ServingTokens.serve_tokens",
 }
 
@@ -169,7 +163,8 @@ def hooked() -> None:
 
     install_api_hooks()
     for symbol in sorted(API_SYMBOLS):
-        importlib.import_module(symbol.rsplit(".", 2)[0])
+        module = symbol.rpartition(".")[0]
+        importlib.import_module(module if module.rpartition(".")[2].islower() else module.rpartition(".")[0])
 
 
 @pytest.mark.usefixtures("hooked")
@@ -187,11 +182,12 @@ def output(index: int, finish_reason: str | None = None, calidrop: Any = None) -
 
 
 def test_stream_is_not_delayed_and_its_last_chunk_has_the_reports() -> None:
-    from vllm_calidrop.hooks.api.openai_reports import _Reports, _with_reports_on_last_chunk
+    from vllm_calidrop.hooks.api.openai_reports import Gathering, PromptReports, with_reports
 
     async def collect(chunks: list[tuple[str, SimpleNamespace | None]], choices: int) -> list[tuple[str, str]]:
         """Pairs (newest chunk the engine's side has made, chunk the client got)."""
-        reports, made = _Reports(choices), ""
+        reports, opened, made = PromptReports(choices), Gathering(), ""
+        opened.prompts.append(reports)
 
         async def stream() -> AsyncIterator[str]:
             nonlocal made
@@ -201,7 +197,7 @@ def test_stream_is_not_delayed_and_its_last_chunk_has_the_reports() -> None:
                 made = chunk
                 yield chunk
 
-        return [(made, got) async for got in _with_reports_on_last_chunk(stream(), reports)]
+        return [(made, got) async for got in with_reports(stream(), opened)]
 
     def data(name: str) -> str:
         return f'data: {{"id":"{name}"}}\n\n'
@@ -234,7 +230,7 @@ def test_stream_is_not_delayed_and_its_last_chunk_has_the_reports() -> None:
 
 
 def test_closing_the_stream_closes_the_engine_s_generator() -> None:
-    from vllm_calidrop.hooks.api.openai_reports import _Reports, _seen, _with_reports_on_last_chunk
+    from vllm_calidrop.hooks.api.openai_reports import gathering, watched, with_reports, within
 
     closed: list[str] = []
 
@@ -246,20 +242,72 @@ def test_closing_the_stream_closes_the_engine_s_generator() -> None:
             closed.append("engine")
 
     async def client() -> None:
-        reports = _Reports(1)
-        results = _seen(engine(), reports)
+        with gathering() as opened:
+            assert opened is not None
+            results = watched(engine(), 1)
 
         async def stream() -> AsyncIterator[str]:
             async for _ in results:
                 yield "data: {}\n\n"
 
-        chunks = _with_reports_on_last_chunk(stream(), reports)
+        chunks = with_reports(within(stream(), opened), opened)
         await anext(chunks)
         await chunks.aclose()  # type: ignore[attr-defined]
         await results.aclose()  # type: ignore[attr-defined]
 
     asyncio.run(client())
     assert closed == ["engine"]
+
+
+def test_prompts_join_the_gathering_that_is_open_when_they_are_generated() -> None:
+    """Some streams give their prompts to the engine only when they are read, each chunk perhaps in another task."""
+    from vllm_calidrop.hooks.api.openai_reports import gathering, watched, with_reports, within
+
+    async def engine(report: dict[str, int]) -> AsyncIterator[Any]:
+        yield SimpleNamespace(outputs=[output(0, "stop", report)])
+
+    async def late(report: dict[str, int]) -> AsyncIterator[Any]:
+        yield "data: {}\n\n"
+        async for _ in watched(engine(report), 1):
+            yield 'data: {"last": 1}\n\n'
+        yield "data: [DONE]\n\n"
+
+    async def read(report: dict[str, int]) -> list[str]:
+        assert watched(None, 1) is None, "nothing is open"
+        with gathering() as opened, gathering() as inner:
+            assert opened is not None and inner is None, "the outer one gathers"
+            eager = watched(engine({"plain": 0}), 1)
+            stream = within(late(report), opened)
+        chunks = with_reports(stream, opened)
+        async for _ in eager:
+            pass
+        got = []
+        while True:
+            try:
+                got.append(await asyncio.create_task(anext(chunks)))
+            except StopAsyncIteration:
+                return got
+
+    async def both() -> list[list[str]]:
+        return await asyncio.gather(read({"plain": 1}), read({"plain": 2}))
+
+    for number, chunks in enumerate(asyncio.run(both()), start=1):
+        last = json.loads(chunks[-2].removeprefix("data: "))
+        assert last == {"last": 1, "calidrop": [{"plain": 0}, {"plain": number}]}
+
+
+def test_an_error_and_a_response_without_prompts_stay_as_they_are() -> None:
+    from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ErrorResponse
+
+    from vllm_calidrop.hooks.api.openai_reports import Gathering, PromptReports, with_reports
+
+    opened = Gathering()
+    queued = SimpleNamespace(status="queued")
+    assert vars(with_reports(queued, opened)) == {"status": "queued"}
+    opened.prompts.append(PromptReports(1))
+    error = ErrorResponse(error=ErrorInfo(message="x", type="y", code=400))
+    assert "calidrop" not in with_reports(error, opened).model_dump()
+    assert with_reports(SimpleNamespace(), opened).calidrop == [None]
 
 
 @pytest.mark.usefixtures("hooked")

@@ -1,9 +1,10 @@
 """Wraps `InputProcessor`: every request of an engine passes here, offline, HTTP or anything else.
 
 Why: it is the only place that has both the request's parameters and the engine's own `VllmConfig` (a process may hold
-several engines), so the operator's defaults are read once in its `__init__` and each request's complete record is made
-in `process_inputs`. The record goes on the request-local copy of the parameters: the caller's own object is never
-changed, may be shared by requests and engines, and a record that the caller puts there is an error.
+several engines), so each request's complete record is made in `process_inputs`, from the operator's defaults, which are
+read from that configuration when they are first asked for. The record goes on the request-local copy of the parameters:
+the caller's own object is never changed, may be shared by requests and engines, and a record that the caller puts there
+is an error.
 """
 
 from __future__ import annotations
@@ -42,7 +43,13 @@ def server_settings(input_processor: Any) -> ServerSettings | None:
 
 def versioned_settings(input_processor: Any) -> VersionedSettings | None:
     """The operator's settings of this engine with the version of their defaults; None without the backend."""
-    versioned: VersionedSettings | None = getattr(input_processor, _ATTRIBUTE, None)
+    if not hasattr(input_processor, _ATTRIBUTE):
+        config = input_processor.vllm_config
+        server = None
+        if is_selected(config):
+            server = VersionedSettings(1, ServerSettings.from_additional_config(config.additional_config))
+        setattr(input_processor, _ATTRIBUTE, server)
+    versioned: VersionedSettings | None = getattr(input_processor, _ATTRIBUTE)
     return versioned
 
 
@@ -86,19 +93,7 @@ def bad_value(message: str, parameter: str, value: Any = None) -> Exception:
 
 def _wrap(module: ModuleType) -> None:
     cls = module.InputProcessor
-    wrap_method(cls, "__init__", _reading_server_settings, ("self", "vllm_config"))
     wrap_method(cls, "process_inputs", _attaching_record, ("self", "request_id", "prompt", "params"))
-
-
-def _reading_server_settings(original: Callable[..., Any]) -> Callable[..., Any]:
-    def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        server = None
-        if is_selected(vllm_config):
-            server = VersionedSettings(1, ServerSettings.from_additional_config(vllm_config.additional_config))
-        setattr(self, _ATTRIBUTE, server)
-        original(self, vllm_config, *args, **kwargs)
-
-    return __init__
 
 
 def _attaching_record(original: Callable[..., Any]) -> Callable[..., Any]:

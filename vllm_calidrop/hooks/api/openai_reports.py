@@ -1,16 +1,25 @@
-"""Wraps the serving handlers' response builders: the report becomes `calidrop` at the response's top level.
+"""The reports of one response, gathered while it is made, and put into it as `calidrop` at its top level.
 
-Why here: a response body is built from engine outputs in these methods only, and only here all choices of one response
-are together. One entry per choice, in the order of the choices (null for one that ended before the engine's first
-answer). Streams carry it on their last chunk before `[DONE]`: the wrapped stream passes every chunk on at once until
-all choices have finished, and only then keeps one chunk back to see whether it was the last.
+Every prompt of a request goes to the engine by `AsyncLLM.generate` (hooks/api/verdict.py wraps it), in the order of the
+prompts and inside the handler's `create_*` method (hooks/api/openai_requests.py wraps those). So nothing that builds a
+response has to be wrapped: the `create_*` wrapper opens a gathering in a context variable, every prompt's outputs are
+watched in it, and what the handler returned gets the reports.
+
+There is one entry per choice, in the order of the choices (null for one that ended before the engine's first answer).
+Streams carry them on their last chunk before `[DONE]`: each chunk is passed on at once until all choices have finished,
+and only then one is kept back to see whether it was the last. Anthropic's streams carry them on `message_delta`, the
+event that says how the message ended. Two places are wrapped here because they make a response inside another one:
+`OpenAIServingResponses.responses_full_generator`, whose response also is a field of a stream's last event, and
+`AnthropicServingMessages.create_messages`, which translates what `create_chat_completion` has made.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import aclosing, contextmanager
+from contextvars import ContextVar
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -20,49 +29,48 @@ from vllm_calidrop.hooks.on_import import when_imported
 from vllm_calidrop.hooks.wrap import wrap_method
 from vllm_calidrop.settings.request import REPORT_KEY
 
-_OPENAI = "vllm.entrypoints.openai"
 _DONE = "data: [DONE]"
+_MESSAGE_DELTA = "event: message_delta"
 
 Reports = list[dict[str, Any] | None]
 
 
+class PromptReports:
+    """The latest report of every choice of one prompt, gathered as the engine's outputs pass by."""
+
+    def __init__(self, choices: int) -> None:
+        self.latest: Reports = [None] * choices
+        self.running = set(range(choices))
+
+    def see(self, completions: Iterable[Any]) -> None:
+        for completion in completions:
+            self.latest[completion.index] = report_of(completion)
+            if completion.finished():
+                self.running.discard(completion.index)
+
+
+class Gathering:
+    """The reports of one response: of its prompts, in the order in which the handler gave them to the engine."""
+
+    def __init__(self) -> None:
+        self.prompts: list[PromptReports] = []
+
+    @property
+    def complete(self) -> bool:
+        """Whether every choice of every prompt has finished."""
+        return bool(self.prompts) and not any(prompt.running for prompt in self.prompts)
+
+    @property
+    def latest(self) -> Reports:
+        return [report for prompt in self.prompts for report in prompt.latest]
+
+
+_current: ContextVar[Gathering | None] = ContextVar("calidrop_reports", default=None)
+
+
 def install() -> None:
-    when_imported(f"{_OPENAI}.completion.serving", _wrap_completion)
-    when_imported(f"{_OPENAI}.chat_completion.serving", _wrap_chat)
-    when_imported(f"{_OPENAI}.chat_completion.batch_serving", _wrap_chat_batch)
-    when_imported(f"{_OPENAI}.responses.serving", _wrap_responses)
-    when_imported(f"{_OPENAI}.responses.context", _wrap_responses_contexts)
-
-
-def _wrap_completion(module: ModuleType) -> None:
-    cls = module.OpenAIServingCompletion
-    wrap_method(
-        cls,
-        "request_output_to_completion_response",
-        _reporting_outputs,
-        ("self", "final_res_batch", "request"),
-    )
-    wrap_method(
-        cls,
-        "completion_stream_generator",
-        _reporting_completion_stream,
-        ("self", "request", "engine_inputs", "result_generator"),
-    )
-
-
-def _wrap_chat(module: ModuleType) -> None:
-    cls, expected = module.OpenAIServingChat, ("self", "request", "result_generator")
-    wrap_method(cls, "chat_completion_full_generator", _reporting_chat, expected)
-    wrap_method(cls, "chat_completion_stream_generator", _reporting_chat_stream, expected)
-
-
-def _wrap_chat_batch(module: ModuleType) -> None:
-    wrap_method(
-        module.OpenAIServingChatBatch,
-        "chat_completion_full_generator_batch",
-        _reporting_chat_batch,
-        ("self", "request", "generators"),
-    )
+    when_imported("vllm.entrypoints.openai.responses.serving", _wrap_responses)
+    when_imported("vllm.entrypoints.anthropic.serving", _wrap_messages)
 
 
 def _wrap_responses(module: ModuleType) -> None:
@@ -74,163 +82,139 @@ def _wrap_responses(module: ModuleType) -> None:
     )
 
 
-def _wrap_responses_contexts(module: ModuleType) -> None:
-    for cls in (module.SimpleContext, module.ParsableContext, module.HarmonyContext):
-        wrap_method(cls, "append_output", _remembering_report, ("self", "output"))
+def _wrap_messages(module: ModuleType) -> None:
+    expected = ("self", "request", "raw_request")
+    wrap_method(module.AnthropicServingMessages, "create_messages", _reporting_messages, expected)
 
 
-class _Reports:
-    """The latest report of every choice of one response, gathered as the engine's outputs pass by."""
-
-    def __init__(self, choices: int) -> None:
-        self.latest: Reports = [None] * choices
-        self.running = set(range(choices))
-
-    @property
-    def complete(self) -> bool:
-        return not self.running
-
-    def see(self, completions: Iterable[Any], first_choice: int = 0) -> None:
-        for completion in completions:
-            choice = first_choice + completion.index
-            self.latest[choice] = report_of(completion)
-            if completion.finished():
-                self.running.discard(choice)
+@contextmanager
+def gathering() -> Iterator[Gathering | None]:
+    """Gather what is generated inside; None where the caller is itself called by one that gathers."""
+    if _current.get() is not None:
+        yield None
+        return
+    opened = Gathering()
+    token = _current.set(opened)
+    try:
+        yield opened
+    finally:
+        _current.reset(token)
 
 
-def _selected(handler: Any) -> bool:
-    return server_settings(handler.engine_client.input_processor) is not None
+def watched(outputs: Any, choices: int) -> Any:
+    """The outputs of one prompt of the engine, whose reports join the gathering that is open here, if one is."""
+    opened = _current.get()
+    if opened is None:
+        return outputs
+    reports = PromptReports(choices)
+    opened.prompts.append(reports)
+    return _seen(outputs, reports)
 
 
-def _attach(response: Any, reports: Reports) -> None:
+async def within(stream: Any, opened: Gathering) -> AsyncIterator[Any]:
+    """The same stream, with the gathering open whenever the stream works: some give prompts to the engine only then.
+
+    It is opened anew for each chunk, because successive chunks may be asked for by different tasks.
+    """
+    async with aclosing(stream):
+        while True:
+            token = _current.set(opened)
+            try:
+                chunk = await anext(stream)
+            except StopAsyncIteration:
+                return
+            finally:
+                _current.reset(token)
+            yield chunk
+
+
+def with_reports(answer: Any, opened: Gathering | None) -> Any:
+    """What a `create_*` method returned, with the reports: a response, a stream, or an error, which stays as it is."""
+    if opened is None:
+        return answer
+    if hasattr(answer, "__anext__"):
+        return _with_reports_on_last_chunk(answer, opened)
+    if opened.prompts and not _is_error(answer) and not hasattr(answer, REPORT_KEY):
+        setattr(answer, REPORT_KEY, opened.latest)  # the models of responses allow extra fields
+    return answer
+
+
+def _is_error(answer: Any) -> bool:
     from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
-    if not isinstance(response, ErrorResponse):
-        setattr(response, REPORT_KEY, reports)  # the models of responses allow extra fields
-
-
-def _reporting_outputs(original: Callable[..., Any]) -> Callable[..., Any]:
-    def request_output_to_completion_response(self: Any, final_res_batch: Any, *args: Any, **kwargs: Any) -> Any:
-        response = original(self, final_res_batch, *args, **kwargs)
-        if _selected(self):
-            _attach(response, [report_of(output) for result in final_res_batch for output in result.outputs])
-        return response
-
-    return request_output_to_completion_response
-
-
-def _reporting_completion_stream(original: Callable[..., Any]) -> Callable[..., Any]:
-    def completion_stream_generator(
-        self: Any, request: Any, engine_inputs: Any, result_generator: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        if not _selected(self):
-            return original(self, request, engine_inputs, result_generator, *args, **kwargs)
-        n = request.n or 1
-        reports = _Reports(n * len(engine_inputs))
-
-        async def results() -> AsyncIterator[Any]:
-            async with aclosing(result_generator):
-                async for prompt, result in result_generator:
-                    reports.see(result.outputs, prompt * n)
-                    yield prompt, result
-
-        stream = original(self, request, engine_inputs, results(), *args, **kwargs)
-        return _with_reports_on_last_chunk(stream, reports)
-
-    return completion_stream_generator
-
-
-def _reporting_chat_stream(original: Callable[..., Any]) -> Callable[..., Any]:
-    def chat_completion_stream_generator(
-        self: Any, request: Any, result_generator: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        if not _selected(self):
-            return original(self, request, result_generator, *args, **kwargs)
-        reports = _Reports(request.n or 1)
-        stream = original(self, request, _seen(result_generator, reports), *args, **kwargs)
-        return _with_reports_on_last_chunk(stream, reports)
-
-    return chat_completion_stream_generator
-
-
-def _reporting_chat(original: Callable[..., Any]) -> Callable[..., Any]:
-    async def chat_completion_full_generator(
-        self: Any, request: Any, result_generator: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        if not _selected(self):
-            return await original(self, request, result_generator, *args, **kwargs)
-        reports = _Reports(request.n or 1)
-        response = await original(self, request, _seen(result_generator, reports), *args, **kwargs)
-        _attach(response, reports.latest)
-        return response
-
-    return chat_completion_full_generator
-
-
-def _reporting_chat_batch(original: Callable[..., Any]) -> Callable[..., Any]:
-    async def chat_completion_full_generator_batch(
-        self: Any, request: Any, generators: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        if not _selected(self):
-            return await original(self, request, generators, *args, **kwargs)
-        reports = [_Reports(1) for _ in generators]
-        seen = [_seen(results, report) for results, report in zip(generators, reports, strict=True)]
-        response = await original(self, request, seen, *args, **kwargs)
-        _attach(response, [report.latest[0] for report in reports])
-        return response
-
-    return chat_completion_full_generator_batch
+    return isinstance(answer, ErrorResponse)
 
 
 def _reporting_response(original: Callable[..., Any]) -> Callable[..., Any]:
-    # The streaming path builds its final event's response with this method as well.
-    async def responses_full_generator(
-        self: Any,
-        request: Any,
-        sampling_params: Any,
-        result_generator: Any,
-        context: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        response = await original(self, request, sampling_params, result_generator, context, *args, **kwargs)
-        if _selected(self):
-            _attach(response, [getattr(context, REPORT_KEY, None)])
+    async def responses_full_generator(self: Any, *args: Any, **kwargs: Any) -> Any:
+        response = await original(self, *args, **kwargs)
+        opened = _current.get()
+        if opened is not None and opened.prompts and not _is_error(response):
+            # With built-in tools a response takes several prompts, one after another; the last one's report counts.
+            setattr(response, REPORT_KEY, opened.prompts[-1].latest)
         return response
 
     return responses_full_generator
 
 
-def _remembering_report(original: Callable[..., Any]) -> Callable[..., Any]:
-    # With built-in tools a response takes several engine requests; the last one's report counts.
-    def append_output(self: Any, output: Any) -> Any:
-        if output.outputs:
-            setattr(self, REPORT_KEY, report_of(output.outputs[0]))
-        return original(self, output)
+def _reporting_messages(original: Callable[..., Any]) -> Callable[..., Any]:
+    async def create_messages(self: Any, request: Any, raw_request: Any = None) -> Any:
+        if server_settings(self.engine_client.input_processor) is None:
+            return await original(self, request, raw_request)
+        with gathering() as opened:
+            answer = await original(self, request, raw_request)
+        if opened is None or _is_error(answer):
+            return answer
+        if hasattr(answer, "__anext__"):
+            return _with_reports_on_message_delta(answer, opened)
+        return _message_with_reports()(**dict(answer), **{REPORT_KEY: opened.latest})
 
-    return append_output
-
-
-async def _seen(result_generator: Any, reports: _Reports) -> AsyncIterator[Any]:
-    async with aclosing(result_generator):
-        async for result in result_generator:
-            reports.see(result.outputs)
-            yield result
+    return create_messages
 
 
-async def _with_reports_on_last_chunk(stream: Any, reports: _Reports) -> AsyncIterator[str]:
+@cache
+def _message_with_reports() -> Any:
+    """Anthropic's response model with a field for the reports: it allows no others."""
+    from pydantic import create_model
+    from vllm.entrypoints.anthropic.protocol import AnthropicMessagesResponse
+
+    fields: dict[str, Any] = {REPORT_KEY: (Reports, ...)}
+    return create_model(AnthropicMessagesResponse.__name__, __base__=AnthropicMessagesResponse, **fields)
+
+
+async def _seen(outputs: Any, reports: PromptReports) -> AsyncIterator[Any]:
+    async with aclosing(outputs):
+        async for output in outputs:
+            reports.see(output.outputs)
+            yield output
+
+
+async def _with_reports_on_last_chunk(stream: Any, opened: Gathering) -> AsyncIterator[Any]:
     held: str | None = None
     async with aclosing(stream):
         async for chunk in stream:
+            if not isinstance(chunk, str):  # an event of the responses' route, which carries a whole response
+                yield chunk
+                continue
             if held is not None:
-                yield _with_reports(held, reports.latest) if chunk.startswith(_DONE) else held
+                yield _with_reports(held, opened.latest) if chunk.startswith(_DONE) else held
                 held = None
-            if reports.complete and not chunk.startswith(_DONE):
+            if opened.complete and not chunk.startswith(_DONE):
                 held = chunk
             else:
                 yield chunk
     if held is not None:
         yield held
+
+
+async def _with_reports_on_message_delta(stream: Any, opened: Gathering) -> AsyncIterator[str]:
+    async with aclosing(stream):
+        async for event in stream:
+            if event.startswith(_MESSAGE_DELTA):
+                name, _, data = event.partition("\n")
+                yield f"{name}\n{_with_reports(data, opened.latest)}"
+            else:
+                yield event
 
 
 def _with_reports(chunk: str, latest: Reports) -> str:

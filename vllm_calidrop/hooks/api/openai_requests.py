@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
-from vllm_calidrop.hooks.api import verdict
+from vllm_calidrop.hooks.api import openai_reports, verdict
 from vllm_calidrop.hooks.api.bodies import CLIENT_ARGUMENT, field_with_a_lone_surrogate, misplaced_settings
 from vllm_calidrop.hooks.api.input_processor import NOT_SETTINGS, bad_request, server_settings, settings_or_400
 from vllm_calidrop.hooks.on_import import when_imported
@@ -70,14 +70,19 @@ def _checking_first(original: Callable[..., Any]) -> Callable[..., Any]:
             raise bad_request(f"{field} holds half of a surrogate pair, which is no Unicode text", field)
         asked = asked_names(request, body)
         settings = settings_or_400(asked, server)
-        if getattr(request, "use_beam_search", False):
+        beams = getattr(request, "use_beam_search", False)
+        if beams:
             # The beams' own requests cannot carry an explicit null, so a server default would reach them.
             for chosen in (settings, settings_or_400({}, server)):
                 if chosen.compresses:
                     raise bad_request("kv_budget is not supported with beam search", "kv_budget", chosen.kv_budget)
         token = _asked.set(asked)
         try:
-            return await _create(original, self, request, raw_request, settings)
+            if beams:  # every step of a beam is a prompt of its own, with nothing to report
+                return await _create(original, self, request, raw_request, settings, None)
+            with openai_reports.gathering() as gathered:
+                answer = await _create(original, self, request, raw_request, settings, gathered)
+            return openai_reports.with_reports(answer, gathered)
         finally:
             _asked.reset(token)
 
@@ -85,17 +90,29 @@ def _checking_first(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 async def _create(
-    original: Callable[..., Any], self: Any, request: Any, raw_request: Any, settings: RequestSettings
+    original: Callable[..., Any],
+    self: Any,
+    request: Any,
+    raw_request: Any,
+    settings: RequestSettings,
+    gathered: openai_reports.Gathering | None,
 ) -> Any:
     """The handler's answer; where the engine may refuse the admission, not before it has decided."""
+
+    async def answered() -> Any:
+        answer = await original(self, request, raw_request)
+        if gathered is None or not hasattr(answer, "__anext__"):
+            return answer
+        return openai_reports.within(answer, gathered)
+
     if settings.kv_on_full not in ("wait", "reject") or not settings.calibrates:
-        return await original(self, request, raw_request)
+        return await answered()
     background = bool(getattr(request, "background", False))
     streaming = bool(request.stream) and not background
     ruling = verdict.Verdict(streaming, every_choice=settings.kv_on_full == "reject")
     token = verdict.current.set(ruling)
     try:
-        answer = await original(self, request, raw_request)
+        answer = await answered()
         if background or not hasattr(answer, "__anext__"):
             return answer
         return await verdict.after_verdict(answer, ruling)
@@ -121,7 +138,7 @@ def _checking_sampling_params(original: Callable[..., Any]) -> Callable[..., Any
             for name, value in _ours(await _json_body(raw_request)).items():
                 raise bad_request(f"{name} belongs into sampling_params.extra_args on this route", name, value)
             settings = settings_or_400(request.sampling_params.extra_args or {}, server)
-            return await _create(original, self, request, raw_request, settings)
+            return await _create(original, self, request, raw_request, settings, None)
         return await original(self, request, raw_request)
 
     return serve_tokens

@@ -1,8 +1,8 @@
 """Wraps `AsyncLLM.generate`: an admission that the engine refuses becomes an HTTP status, for streams too.
 
 Why: the engine decides about `kv_on_full: wait` and `reject` when a request is at the head of its queue. By then a
-stream has its headers, unless its handler waits for the verdict: the first output, or the refusal. Other requests are
-not touched.
+stream has its headers, unless its handler waits for the verdict: the first output, or the refusal. In the same wrap the
+outputs are watched for the reports of the response (hooks/api/openai_reports.py). Other requests are not touched.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
-from vllm_calidrop.hooks.api import refusals
+from vllm_calidrop.hooks.api import openai_reports, refusals
 from vllm_calidrop.hooks.api.input_processor import bad_value
 from vllm_calidrop.hooks.api.output_processor import report_of
 from vllm_calidrop.hooks.on_import import when_imported
@@ -112,6 +112,8 @@ def _giving_verdict(original: Callable[..., Any]) -> Callable[..., Any]:
     def generate(self: Any, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any) -> Any:
         verdict = current.get()
         outputs = original(self, prompt, sampling_params, *args, **kwargs)
+        # Pooling parameters have no choices; neither they nor other engines have anything to report.
+        outputs = openai_reports.watched(outputs, getattr(sampling_params, "n", 1))
         if verdict is None:
             return outputs
         return _watched(outputs, verdict, sampling_params.n if verdict.every_choice else 1)
