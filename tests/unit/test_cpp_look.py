@@ -145,6 +145,17 @@ def test_heads_whose_kv_must_not_be_read_have_no_rest(operator: Any) -> None:
     assert (look.state.lse == -math.inf).all() and (look.state.out == 0).all()
 
 
+def test_a_rest_whose_weights_underflow_is_not_empty(operator: Any) -> None:
+    """Beside kept tokens that take all of the attention the state still exists, and merges of it are counted."""
+    case = Case(200, 2, 64, 2)
+    kept_lse = torch.full((2,), 500.0)
+    look = Look(operator, case.head, case.query, case.blocks, 200, kept_lse, torch.tensor([0]), SCALE)
+    look()
+    assert (look.shares == 0).all()
+    assert (look.state.lse > -math.inf).all() and (look.state.lse < 420).all()
+    torch.testing.assert_close(look.state.out, case.value_mu.expand(2, -1))
+
+
 def test_a_look_alone_needs_no_values(operator: Any) -> None:
     """Without a rest: no balance, nothing subtracted, and the shares are those of the plain sketch."""
     case = Case(300, 3, 64, 2)

@@ -125,14 +125,16 @@ class Rest {
   void finish(const PageShares& shares, const CodedValues& values, int head, int size, const float* signs, int head_dim,
               float* out, float* lse) {
     float share = 0;
+    bool any = false;
     for (int64_t page = 0; page < shares.pages(); page++)
-      if (!is_excluded_[page]) share += shares.of(head, page);
-    if (!(share > 0)) {  // nothing is left, or NaN: the head's KV must not be read
+      if (!is_excluded_[page]) any = true, share += shares.of(head, page);
+    if (!any || std::isnan(share)) {  // nothing is left, or the head's KV must not be read
       std::fill_n(out, head_dim, 0.0f);
       *lse = -kInf;
       return;
     }
-    const float weight = share * shares.total(head);
+    // Where all weights underflow the state is the mean value, of the least weight that there is: not that over nothing.
+    const float weight = std::max(share * shares.total(head), std::numeric_limits<float>::min());
     *lse = shares.top(head) + std::log(weight);
     float* sums = sums_.data() + head * size;
     transform(sums, size);
