@@ -160,16 +160,40 @@ def combinations(how: str) -> list[tuple[Any, ...]]:
     rules: list[dict[str, Any]] = [{"kv_recall": rule} for rule in FIELDS["kv_recall"]["enum"]]
     rules.append({"kv_recall": "pages", "kv_recall_buffer": 4})
     dimensions: tuple[Sequence[Any], ...] = (list(POLICIES), list(CODECS), FIELDS["kv_gate"]["enum"], rules)
-    if how == "pairs":
-        return covering_combinations(dimensions=dimensions)
-    longest = max(map(len, dimensions))
-    return list(itertools.islice(zip(*map(itertools.cycle, dimensions), strict=False), longest))
+    return covering_combinations(dimensions=dimensions) if how == "pairs" else each_value(dimensions)
 
 
-def refused_field(ask: Ask) -> str | None:
+def each_value(dimensions: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
+    """Few combinations that hold every value, in one that is served where there is such."""
+
+    def values(indices: Sequence[int]) -> set[tuple[int, int]]:
+        return set(enumerate(indices))
+
+    def combination(indices: Sequence[int]) -> tuple[Any, ...]:
+        return tuple(values[index] for values, index in zip(dimensions, indices, strict=True))
+
+    every = list(itertools.product(*(range(len(values)) for values in dimensions)))
+    served = [indices for indices in every if refused_field(settings_of(combination(indices))) is None]
+    missing = set().union(*map(values, every))
+    chosen = []
+    while missing:
+        of = served if missing & set().union(*map(values, served)) else every
+        best = max(of, key=lambda indices: len(values(indices) & missing))
+        missing -= values(best)
+        chosen.append(combination(best))
+    return chosen
+
+
+def settings_of(combination: Sequence[Any]) -> dict[str, Any]:
+    policy, codec, gate, rule = combination
+    settings = {"kv_policy": policy, "kv_codec": codec, "kv_gate": gate, **rule, "kv_budget": 32}
+    return {**settings, "kv_theta1": 0.8, "kv_theta2": 0.85}
+
+
+def refused_field(settings: dict[str, Any]) -> str | None:
     """The setting that this process's operators do not serve."""
     try:
-        refuse_settings(resolve_request(ask.settings, ServerSettings()))
+        refuse_settings(resolve_request(settings, ServerSettings()))
     except SettingsError as error:
         return error.field
     return None
@@ -189,7 +213,7 @@ def assert_refused(engine: Engine, ask: Ask, field: str) -> None:
 
 def main(how: str) -> None:
     interpreted = uses_cuda_flavour()
-    length, outputs = (100, 4) if interpreted else (260, 10)
+    length, outputs = (70, 3) if interpreted else (260, 10)
     options: dict[str, Any] = {"block_size": 32, "max_num_batched_tokens": 4096}
     if interpreted:
         answer_for_a_gpu()
@@ -202,10 +226,9 @@ def main(how: str) -> None:
     assert type(engine.worker.calidrop.operators) is wanted_set()
 
     asks, refused = [], 0
-    for seed, (policy, codec, gate, rule) in enumerate(combinations(how)):
-        settings = {"kv_policy": policy, "kv_codec": codec, "kv_gate": gate, **rule, "kv_budget": 32}
-        ask = Ask(prompt_of(length, seed), outputs, {**settings, "kv_theta1": 0.8, "kv_theta2": 0.85})
-        field = refused_field(ask)
+    for seed, combination in enumerate(combinations(how)):
+        ask = Ask(prompt_of(length, seed), outputs, settings_of(combination))
+        field = refused_field(ask.settings)
         if field is None:
             asks.append(ask)
         else:

@@ -58,4 +58,4 @@ def test_every_value_by_the_kernels_of_a_gpu() -> None:
         VLLM_KV_CACHE_LAYOUT="NHD",
         **{FLAVOUR_VARIABLE: "cuda"},
     )
-    assert served + refused == len(CODECS) + 1 and served > 0 and refused > 0
+    assert served == len(CODECS) and refused >= 2
