@@ -1,8 +1,8 @@
 """What of vLLM this package touches, and which of our files does.
 
-Three kinds are found: names that our modules import from vLLM, methods of vLLM's classes that ours override, and what
-the hooks wrap. What the code reads off vLLM's objects without naming their classes (`worker.model_runner`) is not
-found; tests with real engines are there for that.
+Four kinds are found: names that our modules import from vLLM, methods of vLLM's classes that ours override, what the
+hooks wrap, and the methods that the hooks' mixins come before. What the code reads off vLLM's objects without naming
+their classes (`worker.model_runner`) is not found; tests with real engines are there for that.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Touched = dict[str, set[str]]
 
 
 def touched() -> Touched:
-    """Everything of the three kinds. It imports vLLM, for the hooks say what they wrap when their modules are there."""
+    """Everything of the four kinds. It imports vLLM, for the hooks say what they wrap when their modules are there."""
     symbols: Touched = defaultdict(set)
     for path in _our_files():
         file = str(path.relative_to(ROOT))
@@ -35,7 +35,7 @@ def touched() -> Touched:
             symbols[symbol].add(file)
         for symbol in _overridden(tree, names):
             symbols[symbol].add(file)
-    for symbol, file in _wrapped():
+    for symbol, file in [*_wrapped(), *_mixed()]:
         symbols[symbol].add(file)
     return dict(sorted(symbols.items()))
 
@@ -99,3 +99,13 @@ def _wrapped() -> Iterator[tuple[str, str]]:
             yield f"{owner.__name__}:{hook.name}", file
         else:
             yield f"{owner.__module__}:{owner.__qualname__}.{hook.name}", file
+
+
+def _mixed() -> Iterator[tuple[str, str]]:
+    from vllm_calidrop.hooks.engine import kv_cache_manager, scheduler, worker
+
+    for part in (kv_cache_manager, scheduler, worker):
+        for path in part.MIXTURE.usual:
+            module, _, cls = path.rpartition(".")
+            for method in part.MIXTURE.methods:
+                yield f"{module}:{cls}.{method}", part.__name__.replace(".", "/") + ".py"

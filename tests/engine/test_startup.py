@@ -335,7 +335,9 @@ def test_every_hook_refuses_what_it_does_not_know() -> None:
     assert run.returncode == 0, run.stderr[-3000:]
     symbols = run.stdout.split()
     assert {*_REQUIRED, "vllm.platforms.cpu.CpuPlatform.check_and_update_config"} <= set(symbols)
-    assert 20 < len(symbols) <= 32, "wraps are listed in docs/development.md; more are a burden at every release"
+    assert 20 < len(symbols) <= 32, (
+        "the wraps are listed in docs/development.md; more of them are a burden at every release"
+    )
 
 
 def test_a_wrap_that_does_not_fit_stops_the_start(llama: str) -> None:

@@ -30,7 +30,7 @@ class Doubling:
 
 @pytest.fixture
 def mixture() -> Mixture:
-    return Mixture(__name__, Doubling, {"step": ("self", "output")})
+    return Mixture(__name__, Doubling, (f"{__name__}.Base",), {"step": ("self", "output")})
 
 
 def test_ours_runs_first_and_reaches_what_it_is_mixed_with(mixture: Mixture) -> None:
@@ -91,14 +91,14 @@ def test_what_does_not_fit_is_an_error_that_names_it(mixture: Mixture) -> None:
 )
 def test_every_method_that_is_overridden_is_checked(part: Any) -> None:
     """A method of the mixin that vLLM no longer has would never run."""
-    mixture = part._MIXTURE
+    mixture = part.MIXTURE
     added = {"calidrop_allocate"}  # called by name
     methods = {name for name, value in vars(mixture.mixin).items() if callable(value)}
     assert methods - added == set(mixture.methods)
     for name in mixture.methods:
         theirs = {other: lambda self: None for other in mixture.methods if other != name}
         checks = {other: expected for other, expected in mixture.methods.items() if other == name}
-        only_this = mixed.Mixture(mixture.module, mixture.mixin, checks)
+        only_this = mixed.Mixture(mixture.module, mixture.mixin, (), checks)
         if name != "__init__":  # every class has that one
             with pytest.raises(HookError, match=f"{name} does not exist"):
                 only_this.of(type(f"Without_{name}", (), theirs))
@@ -144,13 +144,13 @@ def test_the_worker_that_the_platform_chose_is_the_one_below() -> None:
     given = config(worker_cls="vllm.v1.worker.gpu_worker.Worker")
     for _ in range(2):
         worker.use_our_worker(given)
-        assert worker._MIXTURE.base_path(given.parallel_config.worker_cls) == "vllm.v1.worker.gpu_worker.Worker"
+        assert worker.MIXTURE.base_path(given.parallel_config.worker_cls) == "vllm.v1.worker.gpu_worker.Worker"
 
 
 def test_a_process_that_never_made_the_class_unpickles_it() -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    sent = pickle.dumps(scheduler._MIXTURE.of(Scheduler))
+    sent = pickle.dumps(scheduler.MIXTURE.of(Scheduler))
     code = "import pickle, sys; print(pickle.loads(bytes.fromhex(sys.argv[1])).__mro__[2].__name__)"
     run = subprocess.run([sys.executable, "-c", code, sent.hex()], capture_output=True, text=True, check=False)
     assert run.stdout.split()[-1:] == ["Scheduler"], run.stderr[-2000:]

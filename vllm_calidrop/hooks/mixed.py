@@ -32,12 +32,14 @@ else:
 class Mixture:
     """What is mixed into classes of one kind.
 
-    module: the module whose attributes the mixed classes are. mixin: our methods. methods: those that the class below
-    must have, each with the parameters that its signature must begin with, `self` included.
+    module: the module whose attributes the mixed classes are. mixin: our methods. usual: the paths of vLLM's classes
+    that it is mixed with, unless the user names another one. methods: those that the class below must have, each with
+    the parameters that its signature must begin with, `self` included.
     """
 
     module: str
     mixin: type
+    usual: tuple[str, ...]
     methods: Mapping[str, tuple[str, ...]]
     _made: dict[str, type] = field(default_factory=dict)
 

@@ -52,9 +52,10 @@ class DecidingManager(Below):
         return blocks
 
 
-_MIXTURE = Mixture(
+MIXTURE = Mixture(
     __name__,
     DecidingManager,
+    ("vllm.v1.core.kv_cache_manager.KVCacheManager",),
     {
         "get_computed_blocks": ("self", "request"),
         "allocate_slots": (
@@ -70,7 +71,7 @@ _MIXTURE = Mixture(
 
 def deciding(manager: type) -> type:
     """The class of this manager with our methods in front."""
-    return _MIXTURE.of(manager)
+    return MIXTURE.of(manager)
 
 
 def _blocks(manager: Any, hit_blocks: Any) -> Any:

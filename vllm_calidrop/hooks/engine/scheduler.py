@@ -71,9 +71,10 @@ class CompressingScheduler(Below):
         return by_client
 
 
-_MIXTURE = Mixture(
+MIXTURE = Mixture(
     __name__,
     CompressingScheduler,
+    (_SYNCHRONOUS, _ASYNCHRONOUS),
     {
         "__init__": ("self", "vllm_config", "kv_cache_config"),
         "schedule": ("self",),
@@ -83,7 +84,7 @@ _MIXTURE = Mixture(
 
 
 def __getattr__(name: str) -> Any:
-    return _MIXTURE.by_name(name)
+    return MIXTURE.by_name(name)
 
 
 def use_our_scheduler(vllm_config: Any) -> None:
@@ -92,8 +93,8 @@ def use_our_scheduler(vllm_config: Any) -> None:
     It is called again for a configuration that vLLM rebuilds, whose choice between its own two may have changed.
     """
     config = vllm_config.scheduler_config
-    chosen = _MIXTURE.base_path(config.scheduler_cls) or config.scheduler_cls
-    if chosen in (None, _SYNCHRONOUS, _ASYNCHRONOUS):
+    chosen = MIXTURE.base_path(config.scheduler_cls) or config.scheduler_cls
+    if chosen is None or chosen in MIXTURE.usual:
         chosen = _ASYNCHRONOUS if config.async_scheduling else _SYNCHRONOUS
     elif config.scheduler_cls is chosen:
         from vllm.utils.import_utils import resolve_obj_by_qualname
@@ -102,8 +103,8 @@ def use_our_scheduler(vllm_config: Any) -> None:
 
         chosen = resolve_obj_by_qualname(chosen) if isinstance(chosen, str) else chosen
         refuse_scheduler(chosen)
-    config.scheduler_cls = _MIXTURE.path_of(chosen)
-    _MIXTURE.by_name(config.scheduler_cls.rpartition(".")[2])
+    config.scheduler_cls = MIXTURE.path_of(chosen)
+    MIXTURE.by_name(config.scheduler_cls.rpartition(".")[2])
 
 
 def require_our_scheduler(vllm_config: Any) -> None:

@@ -70,9 +70,10 @@ class CompressingWorker(Below):
         super().shutdown(*args, **kwargs)
 
 
-_MIXTURE = Mixture(
+MIXTURE = Mixture(
     __name__,
     CompressingWorker,
+    ("vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Worker"),
     {
         "determine_available_memory": ("self",),
         "execute_model": ("self", "scheduler_output"),
@@ -83,7 +84,7 @@ _MIXTURE = Mixture(
 
 
 def __getattr__(name: str) -> Any:
-    return _MIXTURE.by_name(name)
+    return MIXTURE.by_name(name)
 
 
 def use_our_worker(vllm_config: Any) -> None:
@@ -92,8 +93,8 @@ def use_our_worker(vllm_config: Any) -> None:
     It is called again for a configuration that vLLM rebuilds, which then names a mixed class already.
     """
     config = vllm_config.parallel_config
-    if _MIXTURE.base_path(config.worker_cls) is None:
-        config.worker_cls = _MIXTURE.path_of(config.worker_cls)
+    if MIXTURE.base_path(config.worker_cls) is None:
+        config.worker_cls = MIXTURE.path_of(config.worker_cls)
 
 
 def _sum_over_ranks(counts: Any) -> Any:
