@@ -19,8 +19,9 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 TORCH  := $(shell grep '^torch==' requirements/cpu.lock)+cpu
 PYTEST := $(BIN)/python -m pytest
-# Without bfloat16 instructions a CPU emulates them, several times slower than float32; the models named here are small.
-DTYPE := $(shell grep -qE 'avx512_bf16|amx_bf16|\bbf16\b' /proc/cpuinfo || echo --dtype float32)
+# The models named here are small: eager, they start in seconds, where compiling them takes a minute or more. Without
+# bfloat16 instructions a CPU emulates them, several times slower than float32.
+OWN := --enforce-eager $(shell grep -qE 'avx512_bf16|amx_bf16|\bbf16\b' /proc/cpuinfo || echo --dtype float32)
 # What turns a fetched model into one that vLLM reads; only `make serve` needs it, once.
 CONVERTER := $(shell grep -E '^(accelerate|gguf)==' requirements/dev.lock)
 
@@ -52,13 +53,13 @@ serve: $(VENV)/.installed ## serve MODEL= (smollm2-135m, smooth, a folder) on 12
 	@model='$(MODEL)'; \
 	if test "$$model" = smollm2-135m || test "$$model" = qwen2.5-coder-0.5b; then \
 		if $(PIP) install --quiet --no-deps $(CONVERTER) && path=$$($(BIN)/python -m benchmarks.models $$model); then \
-			model="$$path --served-model-name $$model $(DTYPE)"; \
+			model="$$path --served-model-name $$model $(OWN)"; \
 		else \
 			echo "make: $$model cannot be fetched here: serving the bundled model smooth, which speaks no English" >&2; \
 			model=smooth; \
 		fi; \
 	fi; \
-	case "$$model" in smooth|plain) model="benchmarks/small_model/$$model --served-model-name $$model $(DTYPE)";; esac; \
+	case "$$model" in smooth|plain) model="benchmarks/small_model/$$model --served-model-name $$model $(OWN)";; esac; \
 	exec $(BIN)/calidrop-server $$model --attention-backend $(BACKEND) --host $(HOST) --port $(PORT) $(ARGS)
 
 install: $(VENV)/.installed ## the environment: vLLM for CPU, its pinned requirements, this package (editable)
