@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.device import let_xformers_be_interpreted
+from tests.support.interpreter import patch_language_once
 from tests.support.workers import cuda_worker
 from vllm_calidrop.evicted.codecs import CODECS
 from vllm_calidrop.memory import ModelShape
@@ -20,6 +21,8 @@ from vllm_calidrop.ops.xformers import XformersSet
 from vllm_calidrop.worker import self_check as checked
 from vllm_calidrop.worker.self_check import SelfCheckError, self_check
 from vllm_calidrop.worker.worker import CaliDropWorker
+
+patch_language_once()
 
 SCALE = 64**-0.5
 
