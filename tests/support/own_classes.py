@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
 
 
-class CountingScheduler(AsyncScheduler):
+class CountingScheduler(Scheduler):
     """Says in `kv_transfer_params`, which reaches the answer, how many steps it has scheduled."""
 
     steps = 0
