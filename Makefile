@@ -29,10 +29,10 @@ CONVERTER := $(shell grep -E '^(accelerate|gguf)==' requirements/dev.lock)
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 
-# The tests that the overlay runs: the hooks', asynchronous scheduling with compressed requests (on vLLM's V1 model runner,
+# The tests that the overlay runs, in two processes, as the first leaves vLLM's classes patched: the hooks'; asynchronous scheduling with compressed requests (on vLLM's V1 model runner,
 # against the reference), the same identities on V2, the plugin installed and not selected, and HTTP.
-OVERLAY_TESTS := $(addprefix tests/unit/,test_hooks_api.py test_hooks_engine.py test_mixed.py) \
-	tests/engine/test_async_scheduling.py tests/engine/test_v2_runner.py \
+OVERLAY_UNIT := $(addprefix tests/unit/,test_hooks_api.py test_hooks_engine.py test_mixed.py)
+OVERLAY_ENGINE := tests/engine/test_async_scheduling.py tests/engine/test_v2_runner.py \
 	$(addprefix tests/engine/test_startup.py::test_,every_hook_refuses_what_it_does_not_know \
 		without_the_backend_the_plugin_changes_nothing the_users_scheduler_and_worker_extension_go_on_working \
 		configuration_travels_to_a_process_without_plugins) \
@@ -83,7 +83,8 @@ test-full: $(VENV)/.installed-dev models ## the whole matrix against the real en
 	$(PYTEST) tests/engine -m full $(ARGS)
 
 test-overlay: $(VENV)-overlay/.installed ## what depends on vLLM, on the newer release of requirements/overlay.lock
-	$(VENV)-overlay/bin/python -m pytest $(OVERLAY_TESTS) $(ARGS)
+	$(VENV)-overlay/bin/python -m pytest $(OVERLAY_UNIT) $(ARGS)
+	$(VENV)-overlay/bin/python -m pytest $(OVERLAY_ENGINE) $(ARGS)
 
 overlay: $(VENV)-overlay/.installed ## an environment with that release's Python files over the CPU extensions
 

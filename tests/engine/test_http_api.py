@@ -45,7 +45,7 @@ BAD = [
     ("kv_budget", 10**30),
     ("kv_policy", "lru"),
     ("kv_policy", 3),
-    ("kv_theta1", 2),
+    ("kv_theta1", 2.5),
     ("kv_theta1", -3.0),
     ("kv_theta2", 0.1),
     ("kv_theta2", True),
