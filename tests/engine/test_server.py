@@ -312,7 +312,7 @@ def test_defaults_change_for_the_next_request(http: httpx.Client, model: str) ->
     [
         ('{"kv_budget": 0}', "kv_budget"),
         ('{"kv_budget": "64"}', "kv_budget"),
-        ('{"kv_budget": 50, "kv_theta1": 0.9}', "kv_theta1"),
+        ('{"kv_budget": 50, "kv_theta1": 0.9, "kv_theta2": 0.8}', "kv_theta1"),
         ('{"kv_theta1": NaN}', "kv_theta1"),
         ('{"kv_theta1": 1e999}', "kv_theta1"),
         (f'{{"kv_budget": {10**400}}}', "kv_budget"),
