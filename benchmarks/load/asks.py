@@ -39,7 +39,7 @@ WRONG: tuple[str, ...] = (
     '"kv_budget": 1000000000000000000000000000000',
     '"kv_theta1": NaN',
     '"kv_theta2": Infinity',
-    '"kv_theta1": 1.5',
+    '"kv_theta1": 1.5, "kv_theta2": 0.9',
     '"kv_codec": "int3"',
     '"kv_nothing": 1',
     '"kv_policy": "lru"',

@@ -528,7 +528,7 @@ def _vary_our_fields_only(document: dict[str, Any], route: str) -> None:
 
 def test_sigterm_lets_running_requests_finish(url: str, model: str) -> None:
     """The last test: the server is gone afterwards."""
-    body = {"model": model} | COMPLETION | {"max_tokens": 300, "kv_budget": 40, "stream": True}
+    body = {"model": model} | COMPLETION | {"max_tokens": 120, "kv_budget": 40, "stream": True}
     started = []
 
     def stream(_: int) -> list[str]:
