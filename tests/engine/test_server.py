@@ -528,7 +528,7 @@ def _vary_our_fields_only(document: dict[str, Any], route: str) -> None:
 
 def test_sigterm_lets_running_requests_finish(url: str, model: str) -> None:
     """The last test: the server is gone afterwards."""
-    body = {"model": model} | COMPLETION | {"max_tokens": 120, "kv_budget": 40, "stream": True}
+    body = {"model": model} | COMPLETION | {"max_tokens": 48, "kv_budget": 40, "stream": True}
     started = []
 
     def stream(_: int) -> list[str]:
@@ -543,7 +543,7 @@ def test_sigterm_lets_running_requests_finish(url: str, model: str) -> None:
     with ThreadPoolExecutor(4) as pool:
         streams = pool.map(stream, range(4))
         for _ in range(2400):
-            if len(started) >= 40:
+            if len(started) >= 20:
                 break
             time.sleep(0.05)
         (root,) = [p for p in psutil.process_iter(["cmdline"]) if _serves(p, url)]
