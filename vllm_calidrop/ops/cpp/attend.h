@@ -11,7 +11,7 @@ namespace calidrop {
 
 enum DType { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// How the elements of a tile of `width` tokens lie. All numbers here are shared with native/__init__.py.
+// How the elements of a tile of `width` tokens lie. All numbers here are shared with library.py.
 enum KeyLayout { kKeyTransposed = 0, kKeyPairs = 1, kKeyPlain = 2 };  // [D, width]; [width/16, D/2, 16, 2]; [width, D]
 enum ValueLayout { kValuePlain = 0, kValuePairs = 1 };                // [width, D]; [D/16, width/2, 16, 2]
 

@@ -10,7 +10,7 @@
 
 namespace calidrop {
 
-// The fields, their order and their types are those of native/__init__.py::_ColumnArguments.
+// The fields, their order and their types are those of library.py::ColumnArguments.
 extern "C" struct ColumnArguments {
   int64_t dtype, key_layout, threads, amx;
   int64_t queries, first_position, kv_heads, group, head_dim, block_size;

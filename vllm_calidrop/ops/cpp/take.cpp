@@ -5,7 +5,7 @@
 
 namespace calidrop {
 
-// The fields, their order and their types are those of native/take.py::_Arguments. Strides in elements.
+// The fields, their order and their types are those of library.py::TakeArguments. Strides in elements.
 extern "C" struct TakeArguments {
   int64_t element_bytes, threads, kv_heads, tokens, head_dim, block_size;
   const int64_t *key_offsets, *value_offsets;  // [block_size, D], inside the (block, KV head) region
